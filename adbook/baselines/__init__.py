@@ -1,0 +1,1 @@
+"""Baselines that learn the same tasks by other means."""
