@@ -1,0 +1,397 @@
+"""Learning histories: what goes in comes out, whole episodes stay whole, and bad files are told from good ones."""
+
+import struct
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import adbook
+from adbook import histories as module
+from adbook.histories import (
+    SCHEMA,
+    HistoryFileError,
+    LearningHistory,
+    WindowConfig,
+    Windows,
+    content_hash,
+    load_histories,
+    record,
+    save_histories,
+)
+from adbook.sources import PPOConfig
+
+ARRAYS = [field.name for field in fields(LearningHistory) if field.name != "metadata"]
+TINY = PPOConfig(steps=100, n_envs=1, streams=1, n_steps=50, batch_size=50, n_epochs=1)
+
+
+def make_history(lengths=(3,) * 12, number=0.0, **metadata) -> LearningHistory:
+    """A history whose observation is (episode, step, number); the action and the reward repeat episode and step."""
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    step = np.concatenate([np.arange(length) for length in lengths])
+    observations = np.stack((episode, step, np.full(len(step), number)), 1).astype(np.float32)
+    last = step == np.repeat(lengths, lengths) - 1
+    return LearningHistory(
+        observations=observations,
+        actions=observations[:, :2] / 100,
+        rewards=(10 * episode + step).astype(np.float32),
+        next_observations=observations + np.float32([0, 1, 0]),
+        terminated=last & (episode % 2 == 1),
+        truncated=last & (episode % 2 == 0),
+        metadata={"task": "toy", **metadata},
+    )
+
+
+def assert_equal(one: LearningHistory, two: LearningHistory) -> None:
+    for name in ARRAYS:
+        left, right = getattr(one, name), getattr(two, name)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    assert one.metadata == two.metadata
+
+
+def test_episodes_and_their_returns():
+    history = make_history((3, 1, 2))
+    assert history.episodes == (slice(0, 3), slice(3, 4), slice(4, 6))
+    assert history.episode_returns.tolist() == [0 + 1 + 2, 10, 20 + 21]
+    assert "3 episodes" in repr(history)
+    assert "observations (6, 3)" in repr(history)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 12])
+def test_every_keeps_whole_episodes_and_each_phase_its_own(k):
+    history = make_history((3, 1, 2) * 4)
+    seen = []
+    for phase in range(k):
+        kept = history.every(k, phase)
+        numbers = [int(kept.observations[e.start, 0]) for e in kept.episodes]
+        assert numbers == list(range(phase, 12, k))
+        for number, episode in zip(numbers, kept.episodes, strict=True):
+            for name in ARRAYS:
+                original = getattr(history, name)[history.episodes[number]]
+                np.testing.assert_array_equal(getattr(kept, name)[episode], original)
+        seen += numbers
+    assert sorted(seen) == list(range(12))
+
+
+def test_thinning_twice_is_told_in_episodes_of_the_source():
+    twice = make_history().every(2, 1).every(3, 1)
+    assert (twice.metadata["every"], twice.metadata["phase"]) == (6, 3)
+    assert_equal(twice, make_history().every(6, 3))
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"k": 2, "phase": 2}, {"k": 2, "phase": -1}, {"k": 20, "phase": 15}])
+def test_thinning_that_makes_no_sense_is_refused(wrong):
+    k, phase = wrong["k"], wrong.get("phase", 0)
+    with pytest.raises(ValueError, match=rf"every\(k={k}, phase={phase}\)"):
+        make_history().every(**wrong)
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "next_observations"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_and_found(name, value):
+    arrays = {n: getattr(make_history(), n).copy() for n in ARRAYS}
+    arrays[name][7] = value
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity, first at step 7 of toy"):
+        LearningHistory(**arrays, metadata={"task": "toy"})
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"rewards": slice(0, 4)}, "same number of steps.*'rewards': 4"),
+        (dict.fromkeys(ARRAYS, slice(0, 0)), "at least one"),
+        (dict.fromkeys(ARRAYS, slice(0, 5)), "last episode has not ended"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(cut, message):
+    arrays = {name: getattr(make_history(), name)[cut.get(name, slice(None))] for name in ARRAYS}
+    with pytest.raises(ValueError, match=message):
+        LearningHistory(**arrays, metadata={})
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    """Also episodes of one step, several histories in a file, and metadata that holds more than ASCII."""
+    given = [make_history((2, 1, 3, 1)), make_history(number=1.5, source="PPO", config={"γ": 0.98, "hidden": [64]})]
+    path = save_histories(tmp_path / "new" / "two.safetensors", given)
+    loaded = load_histories(path)
+    assert len(loaded) == 2
+    for one, two in zip(given, loaded, strict=True):
+        assert_equal(one, two)
+    assert [p.name for p in path.parent.iterdir()] == ["two.safetensors"]
+    single = given[0].save(tmp_path / "one.safetensors")
+    assert_equal(LearningHistory.load(single), given[0])
+    with pytest.raises(HistoryFileError, match="holds 2 histories; read it with load_histories"):
+        LearningHistory.load(path)
+
+
+def test_a_file_stores_next_observations_only_at_the_ends(tmp_path):
+    history = make_history((50,) * 4)
+    path = history.save(tmp_path / "h.safetensors")
+    data = path.read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    per_step = 4 * (3 + 2 + 1) + 2  # observation, action, reward in float32; two flags
+    assert len(data) - header == 200 * per_step + 4 * (4 * 3)
+
+
+def test_a_history_in_another_order_is_not_stored(tmp_path):
+    history = make_history()
+    history.next_observations[1] += 1
+    with pytest.raises(ValueError, match="do not continue observations"):
+        history.save(tmp_path / "h.safetensors")
+    with pytest.raises(ValueError, match="nothing to save"):
+        save_histories(tmp_path / "h.safetensors", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_truncated_file_is_refused_by_name_and_left_alone(tmp_path, kept):
+    path = make_history().save(tmp_path / "cut.safetensors")
+    damaged = path.read_bytes()[:kept]
+    path.write_bytes(damaged)
+    with pytest.raises(HistoryFileError, match=r"cut\.safetensors is truncated.*delete it and record it again"):
+        load_histories(path)
+    assert path.read_bytes() == damaged
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"A_log": np.zeros(3, np.float32)}, path)
+    with pytest.raises(HistoryFileError, match=r"weights\.safetensors is not a file of learning histories"):
+        load_histories(path)
+    path.write_text("episode,return\n1,-12.0\n" * 10)
+    with pytest.raises(HistoryFileError, match=r"weights\.safetensors is truncated or not a history file"):
+        load_histories(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*record them with"):
+        load_histories(tmp_path / "nowhere")
+
+
+def rewrite(path, arrays=None, **header) -> None:
+    """Write a file again with other arrays or another header."""
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() | header
+    save_file({**load_file(path), **(arrays or {})}, path, metadata=metadata)
+
+
+def test_another_schema_names_both_versions(tmp_path):
+    path = make_history().save(tmp_path / "old.safetensors")
+    rewrite(path, schema="99")
+    message = rf"old\.safetensors has schema version 99, this version reads {SCHEMA}; record"
+    with pytest.raises(HistoryFileError, match=message):
+        load_histories(path)
+
+
+def test_nan_in_a_file_is_refused(tmp_path):
+    path = make_history().save(tmp_path / "h.safetensors")
+    rewards = load_file(path)["0/rewards"]
+    rewards[4] = np.nan
+    rewrite(path, {"0/rewards": rewards})
+    with pytest.raises(ValueError, match="rewards holds NaN or infinity, first at step 4 of toy"):
+        load_histories(path)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = make_history().save(tmp_path / "h.safetensors")
+    before = path.read_bytes()
+
+    def half_written(arrays, target, metadata):
+        target.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_file", half_written)
+    for name in ("h.safetensors", "new.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            make_history(number=2.0).save(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["h.safetensors"]
+    assert path.read_bytes() == before
+
+
+def test_content_hash_changes_with_every_part_and_not_with_the_order_of_keys():
+    base = content_hash(1, {"a": 1, "b": [2.0, "x"]})
+    assert base == content_hash(1, {"b": [2.0, "x"], "a": 1})
+    others = {
+        content_hash(2, {"a": 1, "b": [2.0, "x"]}),
+        content_hash(1, {"a": 1, "b": [2.5, "x"]}),
+        content_hash({"a": 1, "b": [2.0, "x"]}, 1),
+    }
+    assert len(others | {base}) == 4
+    assert base == "e980c3c7dd44"  # the same on every machine and in every process: files are found again by it
+
+
+@pytest.fixture
+def toy_source(monkeypatch):
+    """A source that costs nothing; returns the list of (task index, seed) it was asked for."""
+    asked = []
+
+    def run(family, task, config, seed):
+        asked.append((task.index, seed))
+        history = make_history(number=100 * task.index + seed)
+        return [{name: getattr(history, name) for name in ARRAYS}]
+
+    monkeypatch.setattr("adbook.sources.run_ppo", run)
+    return asked
+
+
+def record_toy(folder):
+    family = adbook.family("reacher-goal")
+    options = {"seeds": (0, 5), "n_jobs": 1, "progress": False}
+    return record(family, family.train_tasks[:3], TINY, folder=folder, **options)
+
+
+def test_recording_makes_a_file_a_task_and_seed_in_order(tmp_path, toy_source):
+    paths = record_toy(tmp_path)
+    assert toy_source == [(0, 0), (0, 5), (1, 0), (1, 5), (2, 0), (2, 5)]
+    numbers = [LearningHistory.load(path).observations[0, 2] for path in paths]
+    assert numbers == [0, 5, 100, 105, 200, 205]
+    about = LearningHistory.load(paths[3]).metadata
+    assert (about["task"]["index"], about["seed"], about["config"]["steps"]) == (1, 5, 100)
+    assert {"gymnasium", "mujoco", "torch"} <= set(about["versions"])
+
+
+def test_only_a_missing_history_is_made_again(tmp_path, toy_source):
+    paths = record_toy(tmp_path)
+    toy_source.clear()
+    paths[2].unlink()
+    before = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
+    assert record_toy(tmp_path) == paths
+    assert toy_source == [(1, 0)]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    toy_source.clear()
+    record_toy(tmp_path)
+    assert toy_source == []
+
+
+def test_an_interrupted_recording_goes_on_where_it_stopped(tmp_path, toy_source, monkeypatch):
+    import adbook.sources
+
+    plain = adbook.sources.run_ppo
+
+    def interrupted(family, task, config, seed):
+        if (task.index, seed) == (1, 5):
+            raise KeyboardInterrupt
+        return plain(family, task, config, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adbook.sources.run_ppo", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            record_toy(tmp_path)
+    assert len(list(tmp_path.rglob("*"))) == 1 + 3  # the family's folder and the finished runs, no temporary file
+    toy_source.clear()
+    assert all(path.exists() for path in record_toy(tmp_path))
+    assert toy_source == [(1, 5), (2, 0), (2, 5)]
+
+
+def test_another_setting_is_another_file(tmp_path, toy_source):
+    family = adbook.family("ant-dir")
+    task = family.train_tasks[0]
+    macaw = adbook.family("ant-dir", split="macaw")
+
+    def path(family=family, task=task, config=TINY, seed=0):
+        return record(family, [task], config, seeds=[seed], folder=tmp_path, n_jobs=1, progress=False)[0]
+
+    other_config = PPOConfig(steps=100, n_envs=1, streams=1, n_steps=50, batch_size=50, n_epochs=1, gamma=0.9)
+    paths = {path(), path(seed=1), path(config=other_config), path(task=family.train_tasks[1]), path(macaw)}
+    assert len(paths) == 5
+    assert path() in paths
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """One real history, on disk."""
+    threads = torch.get_num_threads()
+    family = adbook.family("reacher-goal")
+    folder = tmp_path_factory.mktemp("histories")
+    (path,) = record(family, family.test_tasks[:1], TINY, folder=folder, n_jobs=1, progress=False)
+    torch.set_num_threads(threads)
+    return path
+
+
+def test_a_real_history_survives_the_disk(recorded, tmp_path):
+    history = LearningHistory.load(recorded)
+    assert history.observations.shape == (100, 8)
+    assert len(history.episodes) == 2
+    assert_equal(LearningHistory.load(history.save(tmp_path / "again.safetensors")), history)
+
+
+def test_minari_reads_the_export(recorded, tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    history = LearningHistory.load(recorded)
+    history.to_minari("reacher-goal/ppo-v0")
+    dataset = minari.load_dataset("reacher-goal/ppo-v0")
+    assert dataset.total_steps == 100
+    for episode, steps in zip(dataset.iterate_episodes(), history.episodes, strict=True):
+        np.testing.assert_array_equal(episode.observations[:-1], history.observations[steps])
+        np.testing.assert_array_equal(episode.observations[-1], history.next_observations[steps][-1])
+        np.testing.assert_array_equal(episode.actions, history.actions[steps])
+        np.testing.assert_array_equal(np.float32(episode.rewards), history.rewards[steps])
+        np.testing.assert_array_equal(episode.truncations, history.truncated[steps])
+    env = dataset.recover_environment()
+    assert tuple(env.unwrapped.goal) == adbook.family("reacher-goal").test_tasks[0].goal
+
+
+def cut(histories, n=400, seed=0, horizon=3, **config):
+    return Windows(histories, WindowConfig(**config), horizon).sample(n, np.random.default_rng(seed))
+
+
+def test_windows_are_consecutive_kept_episodes_from_the_start():
+    windows = cut([make_history()], episodes=3, every=4)
+    episodes, steps = windows["observations"][..., 0], windows["observations"][..., 1]
+    phase = episodes[:, :1]
+    expected = np.repeat([0, 4, 8], 3)[None] + phase
+    np.testing.assert_array_equal(episodes, expected)
+    np.testing.assert_array_equal(steps, np.tile([0, 1, 2], (400, 3)))
+    np.testing.assert_array_equal(windows["actions"], windows["observations"][..., :2] / np.float32(100))
+    np.testing.assert_array_equal(windows["rewards"], 10 * episodes + steps)
+    np.testing.assert_array_equal(windows["starts"], np.tile([True, False, False], (400, 3)))
+    assert windows["valid"].all()
+    assert set(phase[:, 0]) == {0, 1, 2, 3}  # a phase is missed with probability 4 × (3/4)^400
+
+
+def test_windows_from_anywhere_reach_both_ends():
+    windows = cut([make_history()], episodes=2, every=2, span=False)
+    first = windows["observations"][:, 0, 0].astype(int)
+    np.testing.assert_array_equal(windows["observations"][:, 3, 0], first + 2)
+    assert set(first) == set(range(10))  # phases 0 and 1, first kept episodes 0 to 4 of 6
+
+
+def test_a_window_of_the_last_phase_fits_exactly():
+    windows = cut([make_history()], episodes=3, every=4)
+    assert windows["observations"][..., 0].max() == 11  # the history's last episode
+
+
+def test_short_episodes_are_packed_and_the_rest_is_padding():
+    windows = cut([make_history((3, 1, 2, 3))], n=5, episodes=4, every=1)
+    assert windows["observations"].shape == (5, 12, 3)
+    for i in range(5):
+        assert windows["valid"][i].tolist() == [True] * 9 + [False] * 3
+        assert np.flatnonzero(windows["starts"][i]).tolist() == [0, 3, 4, 6]
+        assert windows["observations"][i, :9, 0].tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
+        np.testing.assert_array_equal(windows["observations"][i, 9:], windows["observations"][i, [8] * 3])
+
+
+def test_windows_follow_the_generator_and_reach_every_history():
+    given = [make_history(number=float(i)) for i in range(3)]
+    one, same, other = (cut(given, n=60, seed=seed, episodes=2, every=3) for seed in (1, 1, 2))
+    assert all(np.array_equal(one[name], same[name]) for name in one)
+    assert not np.array_equal(one["observations"], other["observations"])
+    assert set(one["observations"][:, 0, 2]) == {0, 1, 2}
+    assert (one["observations"][..., 2] == one["observations"][:, :1, 2]).all()  # no window mixes two histories
+
+
+def test_a_context_longer_than_a_history_is_refused():
+    histories = [make_history(), make_history((3,) * 11)]
+    message = "3 episodes, one in 4, needs 12 episodes, but .*11 episodes.*lower episodes or every"
+    with pytest.raises(ValueError, match=message):
+        Windows(histories, WindowConfig(episodes=3, every=4), 3)
+    Windows(histories[:1], WindowConfig(episodes=3, every=4), 3)  # twelve are enough
+
+
+def test_windows_need_histories_and_positive_settings():
+    with pytest.raises(ValueError, match="no history was given"):
+        Windows([], WindowConfig(), 3)
+    with pytest.raises(ValueError, match="episodes=0 and every=10"):
+        WindowConfig(episodes=0)
