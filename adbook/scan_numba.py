@@ -1,0 +1,202 @@
+"""The "numba" backend of the selective scan: shares the work among threads and joins the compiled loops to autograd.
+
+The loops themselves are in `adbook.kernels`.  They run without the interpreter lock on plain Python threads, as many
+as `torch.get_num_threads()` of the caller.  That is safe under concurrent callers and after a fork, where numba's own
+parallel loops are not, and compiles sooner.  The split of the work depends on the shapes alone and partial sums are
+added in a fixed order, so results do not depend on how many threads there are or which was first.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adbook import kernels
+
+_FEW = 4  # tasks to aim at for a small batch, so that some threads have something to do
+
+
+@lru_cache
+def split(batch: int, channels: int, groups: int = 1, n_state: int = 0, first: int = 0) -> np.ndarray:
+    """The tasks of `adbook.kernels` in the order of the batch; B and C start at column `first` of their rows."""
+    width = channels // groups
+    parts = max(-(-width // kernels.BLOCK), min(_FEW // (batch * groups), width // 32))
+    edges = [i * width // parts for i in range(parts + 1)]
+    one_row = [
+        (g * width + edges[p], g * width + edges[p + 1], first + g * n_state, first + (groups + g) * n_state, p)
+        for g in range(groups)
+        for p in range(parts)
+    ]
+    return np.array([(b, *task) for b in range(batch) for task in one_row])
+
+
+_this_thread = threading.local()
+
+
+def _become_helper() -> None:
+    """Keep torch's own operations in this thread from starting further ones."""
+    torch.get_num_threads()  # runs torch's set-up of a thread, which would undo the next line later
+    torch.set_num_threads(1)
+    _this_thread.is_helper = True
+
+
+def _threads() -> int:
+    """How many threads may work for this one."""
+    return 1 if getattr(_this_thread, "is_helper", False) else torch.get_num_threads()
+
+
+@lru_cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """A pool of that many helpers, all started."""
+    outside = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "adbook", initializer=_become_helper)
+    started = threading.Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
+    torch.set_num_threads(outside)  # torch also keeps the last value set as the default for threads to come
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked child has none of its parent's threads
+
+
+def share(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """Call `work` on every item, on `torch.get_num_threads()` helpers that each take the next item when free."""
+    queue, inference = iter(items), torch.is_inference_mode_enabled()
+
+    def pull() -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # these modes are a thread's own
+            for item in queue:  # taking the next one is atomic under the interpreter lock
+                work(item)
+
+    if _threads() == 1 or len(items) == 1:
+        return pull()
+    pool = _helpers(_threads())
+    for helper in [pool.submit(pull) for _ in range(min(_threads(), len(items)))]:
+        helper.result()
+    return None
+
+
+def run(loops: Callable[..., None], tasks: np.ndarray, *arrays: Any) -> None:
+    """Share a compiled function's tasks; a helper, which works on a share already, runs them itself."""
+    pieces = 1 if _threads() == 1 else min(len(tasks), 4 * _threads())
+    share(lambda part: loops(part, *arrays), np.array_split(tasks, pieces))
+
+
+class ScanInputs(NamedTuple):
+    """What a scan over rows is given; all tensors float32 on the CPU and contiguous."""
+
+    u: Tensor  # (B, L, D)
+    delta: Tensor  # (B, L, D)
+    bias: Tensor  # (D,), added to delta
+    softplus: bool
+    A: Tensor  # (D, N)
+    bc: Tensor  # (B, L, first + 2 G N): from column `first` on, B of every group, then C of every group
+    first: int
+    groups: int
+    skip: Tensor  # (D,)
+    z: Tensor | None  # (B, L, z_at + D): from column `z_at` on, the gate
+    z_at: int
+
+    def arrays(self) -> tuple:
+        """The arguments as the compiled loops take them."""
+        z = self.u if self.z is None else self.z
+        a2 = np.ascontiguousarray(self.A.detach().numpy().T) * kernels.LOG2E  # (N, D): exp(Δ A) = 2**(Δ a2)
+        u, delta, bias, bc, skip, z = arrays_of(self.u, self.delta, self.bias, self.bc, self.skip, z)
+        return u, delta, bias, self.softplus, a2, bc, skip, z, self.z_at, self.z is not None
+
+    def tasks(self) -> np.ndarray:
+        """The split of the work."""
+        return split(self.u.shape[0], self.u.shape[2], self.groups, self.A.shape[1], self.first)
+
+
+class ScanOutputs(NamedTuple):
+    """What a scan makes."""
+
+    out: Tensor  # (B, L, D)
+    ungated: Tensor  # (B, L, D), for the adjoint; is `out` if there is no gate
+    stored: Tensor  # (B, blocks of STEPS, N, D), states for the adjoint
+    last: Tensor  # (B, N, D)
+
+    @classmethod
+    def empty(cls, x: ScanInputs, keep: bool) -> ScanOutputs:
+        """Room for the outputs of `x`, and if `keep` for the stored states."""
+        (batch, length, channels), n_state = x.u.shape, x.A.shape[1]
+        out = torch.empty_like(x.u)
+        stored = x.u.new_empty(batch, -(-length // kernels.STEPS) if keep else 0, n_state, channels)
+        ungated = out if x.z is None else torch.empty_like(out)
+        return cls(out, ungated, stored, x.u.new_empty(batch, n_state, channels))
+
+
+class ScanGradients(NamedTuple):
+    """What the adjoint makes before sums over batch and parts."""
+
+    u: Tensor  # (B, L, D)
+    delta: Tensor  # (B, L, D)
+    bias: Tensor  # (B, D)
+    A: Tensor  # (B, N, D)
+    bc: Tensor  # (parts, B, L, first + 2 G N); columns before `first` are not filled
+    skip: Tensor  # (B, D)
+    z: Tensor  # as ScanInputs.z; columns before `z_at` are not filled
+
+    @classmethod
+    def empty(cls, x: ScanInputs) -> ScanGradients:
+        """Room for the gradients of `x`."""
+        (batch, _, channels), n_state = x.u.shape, x.A.shape[1]
+        parts = int(x.tasks()[:, 5].max()) + 1
+        bias, skip = x.u.new_empty(2, batch, channels)
+        A, bc = x.u.new_empty(batch, n_state, channels), x.u.new_empty(parts, *x.bc.shape)
+        d_u = torch.empty_like(x.u)
+        return cls(d_u, torch.empty_like(x.u), bias, A, bc, skip, d_u if x.z is None else torch.empty_like(x.z))
+
+
+def arrays_of(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    """The tensors' memory as numpy arrays."""
+    return tuple(x.detach().numpy() for x in tensors)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        x = ScanInputs(*inputs)
+        made = ScanOutputs.empty(x, any(ctx.needs_input_grad))
+        initial = torch.zeros_like(made.last)
+        run(kernels.scan, x.tasks(), initial.numpy(), *x.arrays(), *arrays_of(*made))
+        ctx.save_for_backward(x.u, x.delta, x.bias, x.A, x.bc, x.skip, x.z, made.ungated, made.stored)
+        ctx.constants = x.softplus, x.first, x.groups, x.z_at
+        return made.out, made.last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_last):
+        u, delta, bias, A, bc, skip, z, ungated, stored = ctx.saved_tensors
+        softplus, first, groups, z_at = ctx.constants
+        x = ScanInputs(u, delta, bias, softplus, A, bc, first, groups, skip, z, z_at)
+        g = ScanGradients.empty(x)
+        given = arrays_of(ungated, stored, d_out.contiguous(), d_last.contiguous())
+        run(kernels.scan_adjoint, x.tasks(), *x.arrays(), *given, *arrays_of(*g))
+        d_z = None if z is None else g.z
+        return g.u, g.delta, g.bias.sum(0), None, g.A.sum(0).T, g.bc.sum(0), None, None, g.skip.sum(0), d_z, None
+
+
+def scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool) -> tuple[Tensor, Tensor]:
+    """The backend of `selective_scan`: rows u, delta, z (B, L, D), A (D, N), B and C (B, G, N, L); float32.
+
+    D, z and delta_bias may be None.  Returns the output (B, L, D) and the last state (B, D, N).
+    """
+    zeros = u.new_zeros(u.shape[2])
+    bc = torch.cat([B.flatten(1, 2), C.flatten(1, 2)], 1).transpose(1, 2).contiguous()  # (B, L, 2 G N)
+    out, last = _Scan.apply(
+        u.contiguous(), delta.contiguous(), zeros if delta_bias is None else delta_bias.contiguous(), softplus,
+        A, bc, 0, B.shape[1], zeros if D is None else D.contiguous(), None if z is None else z.contiguous(), 0,
+    )  # fmt: skip
+    return out, last.transpose(1, 2)
