@@ -1,0 +1,353 @@
+"""In-context evaluation: a policy with frozen weights meets tasks it does not know, for many episodes.
+
+The only thing that changes from episode to episode is the policy's *state* (the hidden state of an SSM, a
+transformer's cache). It is carried across the episodes of a task and starts afresh with each task: what
+improves over episodes was learnt in context.
+
+Symbols: ``n`` tasks side by side (one environment each), ``K`` episodes, ``T`` the family's horizon in steps,
+``O`` observation size, ``A`` action size, ``nq`` MuJoCo generalised coordinates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import gymnasium
+
+    from adbook.tasks import Task, TaskFamily
+
+SCHEMA = 1  # version of the file format below; raise it when a stored field changes meaning or shape
+_KIND = "adbook.Rollout"
+_ARRAYS = ("returns", "rewards", "actions", "qpos")
+
+
+@dataclass(frozen=True, repr=False)
+class Rollout:
+    """Many episodes on many tasks with frozen weights; everything a score or the player needs.
+
+    Attributes:
+        family: Name of the task family.
+        split: Split the tasks come from; several are joined by ``+``.
+        tasks: The ``n`` tasks, in the order of the leading axis of every array.
+        returns: ``(n, K)`` float32, undiscounted sum of rewards of each episode.
+        rewards: ``(n, K, T)`` float32, NaN after an early end.
+        actions: ``(n, K, T, A)`` float32, as applied (clipped); NaN after an early end.
+        qpos: ``(n, K, T + 1, nq)`` float32, MuJoCo positions (rad and m) before each step and after the last;
+            NaN after an early end.
+        metadata: How it was made (seed, flags); anything JSON can hold.
+    """
+
+    family: str
+    split: str
+    tasks: tuple[Task, ...]
+    returns: np.ndarray
+    rewards: np.ndarray
+    actions: np.ndarray
+    qpos: np.ndarray
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that the arrays fit each other; raises ValueError naming the first that does not."""
+        if self.rewards.ndim != 3:
+            raise ValueError(f"rewards has shape {self.rewards.shape}; it must be (tasks, episodes, steps).")
+        n, episodes, steps = self.rewards.shape
+        _check_shape("returns", self.returns, (n, episodes))
+        _check_shape("actions", self.actions, (n, episodes, steps, None))
+        _check_shape("qpos", self.qpos, (n, episodes, steps + 1, None))
+        if len(self.tasks) != n:
+            raise ValueError(f"{len(self.tasks)} tasks were given for arrays of {n}; give one task a row.")
+        if not np.isfinite(self.returns).all():
+            raise ValueError("returns holds a value that is not finite; every episode must have a return.")
+        played = np.isfinite(self.rewards)
+        if not played[..., 0].all() or (played[..., 1:] & ~played[..., :-1]).any():
+            raise ValueError("rewards holds a gap; NaN may only follow the end of an episode.")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Steps played in each episode, ``(n, K)`` int64; ``T`` unless the episode ended early."""
+        return np.isfinite(self.rewards).sum(axis=-1)
+
+    def __repr__(self) -> str:
+        """One line: family, split and the shape of every array."""
+        shapes = ", ".join(f"{name}={getattr(self, name).shape}" for name in _ARRAYS)
+        return f"Rollout(family={self.family!r}, split={self.split!r}, tasks={len(self.tasks)}, {shapes})"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file with the JSON part in its header; an interrupted write leaves no file.
+
+        Args:
+            path: File to write; missing folders are made, an existing file is replaced in one step.
+
+        Returns:
+            The path written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        described = {"family": self.family, "split": self.split, "metadata": self.metadata}
+        described["tasks"] = [asdict(task) for task in self.tasks]
+        header = {"kind": _KIND, "schema": str(SCHEMA), "json": json.dumps(described)}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
+            save_file(arrays, temporary, metadata=header)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Rollout:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is truncated, is something else, or has another schema version.
+        """
+        from adbook.tasks import Task  # not above: it brings gymnasium, which training runs without
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no rollout at {path}; make one with adbook.rollout(...).save.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                described = _described(path, file.metadata() or {})
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        except SafetensorError as error:
+            message = f"{path} is not a complete safetensors file ({error}); delete it and make it again."
+            raise ValueError(message) from error
+        tasks = tuple(Task(**{**task, "goal": tuple(task["goal"])}) for task in described.pop("tasks"))
+        return cls(tasks=tasks, **described, **arrays)
+
+
+def _described(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """The JSON part of the header, once the file is known to be a rollout of this schema."""
+    if header.get("kind") != _KIND:
+        kind = header.get("kind", "something else")
+        raise ValueError(f"{path} holds {kind!r}, not {_KIND!r}; give a file that Rollout.save wrote.")
+    if header.get("schema") != str(SCHEMA):
+        raise ValueError(
+            f"{path} has rollout schema {header.get('schema')}, this adbook reads schema {SCHEMA}; "
+            "run the rollout again."
+        )
+    return json.loads(header["json"])
+
+
+def _check_shape(name: str, array: np.ndarray, expected: tuple[int | None, ...]) -> None:
+    """Compare a shape with the expected one, in which None stands for any size."""
+    if array.ndim != len(expected) or any(e not in (None, s) for s, e in zip(array.shape, expected, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} has shape {array.shape}; to fit rewards it must be ({wanted}).")
+
+
+class RandomPolicy(nn.Module):
+    """Uniformly random actions: the zero of the normalised score.
+
+    Args:
+        action_size: ``A``.
+        low: Smallest action, the same for all of its components.
+        high: Largest action.
+    """
+
+    def __init__(self, action_size: int, low: float = -1.0, high: float = 1.0) -> None:
+        """See the class."""
+        super().__init__()
+        self.action_size, self.low, self.high = action_size, low, high
+
+    def init_state(self, n: int) -> None:
+        """Nothing to remember."""
+
+    def act(
+        self,
+        observation: Tensor,
+        reward: Tensor | None,
+        start: Tensor,
+        state: None,
+        *,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, None]:
+        """Draw ``(n, A)`` actions from the generator; nothing else is looked at."""
+        shape = len(observation), self.action_size
+        uniform = torch.rand(shape, generator=generator, device=observation.device)
+        return self.low + (self.high - self.low) * uniform, state
+
+
+def rollout(
+    policy: nn.Module,
+    family: TaskFamily,
+    tasks: Sequence[Task],
+    *,
+    episodes: int = 20,
+    seed: int = 0,
+    deterministic: bool = False,
+    withhold_reward: bool = False,
+    progress: bool = False,
+) -> Rollout:
+    """Play many episodes on every task with frozen weights, all tasks side by side.
+
+    Memory and time of a step do not depend on how many episodes went before, because the policy runs in its
+    one-step form and its state has a fixed size.
+
+    Args:
+        policy: Anything with `init_state` and `act` as `ADPolicy` has them.
+        family: Makes the environments.
+        tasks: The ``n`` tasks; each gets an environment of its own.
+        episodes: ``K``, episodes on each task.
+        seed: Fixes the environments' starts and the sampled actions. Task ``i`` starts its episodes in the
+            same states whatever the policy does and however many tasks follow it.
+        deterministic: Take the mean action instead of sampling (exploration is part of what was distilled).
+        withhold_reward: Give the policy None for the reward always (an `ADPolicy` then sees the mean reward of
+            its training data); the recorded rewards stay true. A control: without the reward nothing tells the
+            goals apart.
+        progress: Show a bar that counts episodes.
+
+    Returns:
+        The recorded rollout.
+
+    Raises:
+        ValueError: No task, fewer than one episode, a task of another family, a policy of other sizes, or an
+            action that is not finite.
+        RuntimeError: A parameter of the policy changed while it ran.
+    """
+    _check_request(policy, family, tasks, episodes)
+    children = np.random.SeedSequence(seed).spawn(len(tasks) + 1)
+    policy_seed, *env_seeds = (int(child.generate_state(1)[0]) for child in children)
+    device = next((p.device for p in policy.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(policy_seed)
+    was_training, before = policy.training, _checksum(policy)
+    policy.eval()
+    with ExitStack() as stack:
+        stack.callback(policy.train, was_training)
+        # One thread: a step is too little work to share, and threads that wait for each other stall on a busy machine.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        envs = []
+        for task in tasks:
+            envs.append(family.make(task))
+            stack.callback(envs[-1].close)
+        bar = stack.enter_context(tqdm(total=len(tasks) * episodes, unit="episode", disable=not progress))
+        stack.enter_context(torch.inference_mode())
+        record = _Recorder(envs, env_seeds, family, episodes, bar)
+        state, reward = policy.init_state(len(tasks)), np.zeros(len(tasks), np.float32)
+        while record.active.any():
+            batch = (torch.from_numpy(x.copy()).to(device) for x in (record.observation, reward, record.start))
+            observation, fed, start = batch
+            fed = None if withhold_reward else fed
+            action, state = policy.act(observation, fed, start, state, deterministic=deterministic, generator=generator)
+            reward = record.step(action.float().cpu().numpy())
+    if _checksum(policy) != before:
+        raise RuntimeError("The policy's parameters changed during the rollout; they must stay frozen.")
+    flags = {"seed": seed, "deterministic": deterministic, "withhold_reward": withhold_reward}
+    return record.finish(tasks, {"family_split": family.split, **flags})
+
+
+class _Recorder:
+    """The environments of a rollout: steps those still active and writes down what happens."""
+
+    def __init__(
+        self, envs: Sequence[gymnasium.Env], seeds: Sequence[int], family: TaskFamily, episodes: int, bar: tqdm
+    ) -> None:
+        n, horizon, action_size = len(envs), family.horizon, family.action_size
+        self.envs, self.family, self.bar = envs, family, bar
+        self.observation = np.zeros((n, family.observation_size), np.float32)  # (n, O), what the policy sees
+        self.start = np.ones(n, bool)  # (n,), whether that observation opens an episode
+        self.active = np.ones(n, bool)  # (n,), whether the task has episodes left
+        self.episode, self.t = np.zeros(n, int), np.zeros(n, int)
+        self.rewards = np.full((n, episodes, horizon), np.nan, np.float32)
+        self.actions = np.full((n, episodes, horizon, action_size), np.nan, np.float32)
+        nq = len(_qpos(envs[0]))
+        self.qpos = np.full((n, episodes, horizon + 1, nq), np.nan, np.float32)
+        for i, seed in enumerate(seeds):
+            self._reset(i, seed)
+
+    def step(self, actions: np.ndarray) -> np.ndarray:
+        """Apply ``(n, A)`` actions; returns the rewards ``(n,)``, 0 for a task that has finished."""
+        rewards = np.zeros(len(self.envs), np.float32)
+        self.start[:] = False
+        for i in np.flatnonzero(self.active):
+            rewards[i] = self._step_one(i, actions[i])
+        return rewards
+
+    def _step_one(self, i: int, action: np.ndarray) -> float:
+        if not np.isfinite(action).all():
+            raise ValueError(
+                f"The action for task {i} is {action} in episode {self.episode[i]}, step {self.t[i]}; "
+                "it must be finite. Check the checkpoint and the scale of the observations."
+            )
+        space = self.envs[i].action_space
+        action = np.clip(action, space.low, space.high)
+        observation, reward, terminated, truncated, _ = self.envs[i].step(action)
+        at = (i, self.episode[i], self.t[i])
+        self.actions[at], self.rewards[at] = action, reward
+        self.observation[i] = observation
+        self.t[i] += 1
+        self.qpos[i, self.episode[i], self.t[i]] = _qpos(self.envs[i])
+        if terminated or truncated:
+            self._end_episode(i)
+        return reward
+
+    def _end_episode(self, i: int) -> None:
+        self.bar.update()
+        self.episode[i] += 1
+        if self.episode[i] < self.rewards.shape[1]:
+            self._reset(i)
+        else:  # its row is fed zeros until the other tasks have finished
+            self.active[i], self.observation[i] = False, 0
+
+    def _reset(self, i: int, seed: int | None = None) -> None:
+        self.observation[i], _ = self.envs[i].reset(seed=seed)
+        self.start[i], self.t[i] = True, 0
+        self.qpos[i, self.episode[i], 0] = _qpos(self.envs[i])
+
+    def finish(self, tasks: Sequence[Task], settings: dict[str, Any]) -> Rollout:
+        """The record as a `Rollout`."""
+        split = "+".join(sorted({task.split for task in tasks}))
+        returns = np.nansum(self.rewards, axis=-1, dtype=np.float64).astype(np.float32)
+        arrays = returns, self.rewards, self.actions, self.qpos
+        return Rollout(self.family.name, split, tuple(tasks), *arrays, settings)
+
+
+def _qpos(env: gymnasium.Env) -> np.ndarray:
+    return env.unwrapped.data.qpos.astype(np.float32)
+
+
+def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task], episodes: int) -> None:
+    """Refuse what cannot work before any environment is made."""
+    if not tasks:
+        raise ValueError("tasks is empty; give at least one, for example family.test_tasks.")
+    if episodes < 1:
+        raise ValueError(f"episodes is {episodes}; it must be at least 1.")
+    foreign = sorted({task.family for task in tasks} - {family.name})
+    if foreign:
+        raise ValueError(f"tasks of {', '.join(foreign)} given with family {family.name!r}; use its own.")
+    config = getattr(policy, "config", None)  # a RandomPolicy fits every observation and has none
+    for size in ("observation_size", "action_size"):
+        if config is not None and getattr(config, size) != getattr(family, size):
+            raise ValueError(
+                f"The policy has {size} {getattr(config, size)}, {family.name} has {getattr(family, size)}; "
+                "give a policy that was trained on this family."
+            )
+
+
+def _checksum(policy: nn.Module) -> str:
+    """Digest of every parameter and buffer."""
+    digest = hashlib.blake2b()
+    for name, tensor in policy.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

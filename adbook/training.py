@@ -1,0 +1,211 @@
+"""One training loop for every backbone: windows of learning histories in, a policy that imitates the learning out.
+
+Needs no simulator: torch, numpy and a file of histories are enough. Lightning Fabric carries devices, precision and
+several processes; with none given, one device of the fastest kind at hand is used.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adbook.histories import Windows, content_hash
+from adbook.policy import ADPolicy
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """AdamW with warm-up and a cosine schedule."""
+
+    updates: int = 2000
+    batch_size: int = 20  # windows an update and process
+    learning_rate: float = 3e-3  # at the end of the warm-up; falls to a hundredth along a cosine
+    warmup: int = 100  # updates
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # largest norm of the gradient
+    observation_noise: float = 0.02  # Gaussian, in standard deviations of each observation
+    seed: int = 0  # of initial weights, windows and noise
+    checkpoint_every: int = 500  # updates
+
+    def __post_init__(self):
+        """Refuse settings that cannot run."""
+        for name in ("updates", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.warmup < self.updates:
+            raise ValueError(f"warmup={self.warmup} must be at least 0 and less than updates={self.updates}")
+
+    def rate(self, update: int) -> float:
+        """Learning rate of an update."""
+        if update < self.warmup:
+            return self.learning_rate * (update + 1) / self.warmup
+        progress = (update - self.warmup) / (self.updates - self.warmup)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass
+class TrainingLog:
+    """What a training run leaves beside the weights."""
+
+    losses: list[float]  # one an update
+    seconds: float = 0.0  # spent in updates
+    tokens: int = 0  # trained on
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed, data loading included."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def train(
+    policy: ADPolicy,
+    windows: Windows,
+    config: TrainingConfig,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    fabric: "Fabric | None" = None,
+    progress: bool = True,
+) -> TrainingLog:
+    """Train `policy` in place.
+
+    What an update draws depends on the seed and the update's number alone, so a run that was interrupted and goes on
+    from its checkpoint gives the same weights, bit for bit on a CPU, as one that was not.
+
+    Args:
+        policy: an untrained policy; its normalisation is set from the windows' histories.
+        windows: where batches come from.
+        config: the schedule.
+        checkpoint: a file to keep the state of training in; training goes on from it if it is there.
+        fabric: devices and precision, `lightning_fabric.Fabric(...)`; launch it before.
+        progress: show a bar with the loss and tokens a second.
+
+    Returns:
+        The losses and the speed.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another model, configuration or set of histories.
+        FloatingPointError: the loss stopped being finite.
+    """
+    if fabric is None:
+        from lightning_fabric import Fabric
+
+        fabric = Fabric(accelerator="auto", devices=1)
+    set_statistics(policy, windows)
+    optimizer = torch.optim.AdamW(_groups(policy, config), lr=config.learning_rate, betas=config.betas)
+    identity = content_hash(asdict(policy.config), asdict(config), asdict(windows.config), _digest(windows))
+    log = TrainingLog([])
+    if checkpoint is not None and Path(checkpoint).exists():
+        log = _load(Path(checkpoint), policy, optimizer, identity)
+    model, optimizer = fabric.setup(policy, optimizer)
+    model.mark_forward_method("loss")
+    model.train()
+    first = len(log.losses)
+    bar = tqdm(total=config.updates, initial=first, unit="update", disable=not progress or fabric.global_rank > 0)
+    with bar:
+        for update in range(first, config.updates):
+            began = time.perf_counter()
+            batch, noise = _batch(windows, config, update, fabric)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(update)
+            loss = model.loss(batch, noise)
+            value = _finite(loss, update)  # before clipping, whose complaint would be about gradients
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            log.losses.append(value)
+            log.tokens += noise.shape[0] * noise.shape[1] * fabric.world_size
+            log.seconds += time.perf_counter() - began
+            bar.update()
+            bar.set_postfix_str(f"loss {np.mean(log.losses[-50:]):.3f}, {log.tokens_per_second:,.0f} tokens/s")
+            done = update + 1
+            if checkpoint is not None and done % config.checkpoint_every == 0 and fabric.global_rank == 0:
+                _save(Path(checkpoint), policy, optimizer, identity, log)
+    policy.eval()
+    return log
+
+
+def set_statistics(policy: ADPolicy, windows: Windows) -> None:
+    """Set the policy's normalisation from the histories behind `windows`."""
+    observations = np.concatenate([history.observations for history in windows.histories])
+    rewards = np.concatenate([history.rewards for history in windows.histories])
+    policy.set_statistics(torch.from_numpy(observations), torch.from_numpy(rewards))
+
+
+def _groups(policy: nn.Module, config: TrainingConfig) -> list[dict]:
+    """Weight decay for matrices only; not for biases, norms, and the scan's A and D (as Mamba's authors train it)."""
+    decayed = [p for n, p in policy.named_parameters() if p.ndim >= 2 and not n.endswith("A_log")]
+    kept = {id(p) for p in decayed}
+    rest = [p for p in policy.parameters() if id(p) not in kept]
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _digest(windows: Windows) -> list:
+    """What tells one set of histories from another, without hashing every number."""
+    return [[h.metadata, len(h.rewards), float(h.rewards.sum(dtype=np.float64))] for h in windows.histories]
+
+
+def _batch(windows: Windows, config: TrainingConfig, update: int, fabric: "Fabric") -> tuple[dict[str, Tensor], Tensor]:
+    rng = np.random.default_rng([config.seed, update, fabric.global_rank])
+    batch = windows.sample(config.batch_size, rng)
+    noise = config.observation_noise * rng.standard_normal(batch["observations"].shape, dtype=np.float32)
+    tensors = {name: torch.from_numpy(array).to(fabric.device) for name, array in batch.items()}
+    return tensors, torch.from_numpy(noise).to(fabric.device)
+
+
+def _finite(loss: Tensor, update: int) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at update {update}; train again with a lower learning_rate")
+    return value
+
+
+def _save(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, identity: str, log: TrainingLog) -> None:
+    """Write weights, optimiser state and log as one safetensors file, under a temporary name first."""
+    tensors = {f"policy/{name}": value.contiguous() for name, value in policy.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{name}": value for name, value in state.items()}
+    header = {"kind": "adbook.training", "identity": identity, "log": json.dumps(asdict(log))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> TrainingLog:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to train from the start") from error
+    if header.get("kind") != "adbook.training" or header.get("identity") != identity:
+        raise ValueError(
+            f"{path} is a checkpoint of another model, configuration or set of histories; give another file, or "
+            "delete it to train from the start"
+        )
+    policy.load_state_dict({n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")})
+    state = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, i, key = name.split("/")
+            state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return TrainingLog(**json.loads(header["log"]))
