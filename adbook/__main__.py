@@ -1,0 +1,90 @@
+"""The command line: python -m adbook COMMAND."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status; a user's mistake gives one line on stderr, and 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"adbook: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nadbook: stopped; what is finished is kept, and the same command goes on there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def book(options: argparse.Namespace) -> None:
+    """Execute the chapters and build the book."""
+    from adbook.book import BookError, build
+
+    try:
+        site = build(options.profile, options.output)
+    except BookError as error:
+        sys.exit(f"\nadbook: {error}")
+    print(f"\nThe book is at {(site / 'index.html').as_uri()}")
+    print(f"To serve it: {sys.executable} -m http.server --directory {site}")
+
+
+def results(options: argparse.Namespace) -> None:
+    """Train three seeds, roll them out on held-out tasks with controls, and write the numbers the book shows."""
+    from adbook import experiments
+    from adbook.results import in_context, save_result
+
+    settings = experiments.profile(options.profile, options.family)
+    print(save_result(f"{options.family}-{options.profile}", in_context(settings, options.seeds)))
+
+
+def ablations(options: argparse.Namespace) -> None:
+    """Train variants that differ in one factor, and write their returns."""
+    from adbook import experiments
+    from adbook.results import ablations, save_result
+
+    settings = experiments.profile(options.profile, options.family)
+    updates = options.updates or max(settings.training.updates // 4, settings.training.warmup + 1)
+    print(save_result(f"ablations-{options.family}-{options.profile}", ablations(settings, updates)))
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure speeds as ratios within one run, and write them."""
+    from adbook import bench, experiments
+    from adbook.results import save_result
+
+    unknown = sorted(set(options.names) - set(bench.BENCHMARKS))
+    if unknown:
+        raise ValueError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(bench.BENCHMARKS)}")
+    for name in options.names or bench.BENCHMARKS:
+        measured = bench.BENCHMARKS[name]() | {"made": experiments.provenance()}
+        print(name, {key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()})
+        print(save_result(name, measured, experiments.RESULTS / "bench"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m adbook", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = commands.add_parser("book", help=book.__doc__, description=book.__doc__)
+    command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
+    command.add_argument("--output", type=Path, help="folder for the built book (default: _build)")
+    command.set_defaults(run=book)
+    for run in (results, ablations):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
+        command.add_argument("--family", default="reacher-goal", help="a task family")
+        command.set_defaults(run=run)
+        if run is results:
+            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+        else:
+            command.add_argument("--updates", type=int, help="of each variant (default: a quarter of the profile's)")
+    command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
+    command.add_argument("names", nargs="*", metavar="NAME", help="training, rollout or sources (default: all)")
+    command.set_defaults(run=bench)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Benchmarks as ratios against peers, measured side by side in one run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adbook.experiments import evaluate, profile
+from adbook.mamba import Mamba, MambaConfig
+from adbook.policy import ADPolicy, PolicyConfig, PolicyState
+from adbook.sources import run_ppo
+
+BATCH, LENGTH = 20, 400  # the laptop profile's batches: 8 episodes of 50 steps on 20 tasks
+
+
+def bench_training(rounds: int = 5) -> dict[str, float | int | str]:
+    """Compare training of a 4-layer Mamba of width 64 with the same model on mambapy's parallel scan.
+
+    Forward, backward and AdamW step on batches of 20 × 400 tokens, with the caller's number of torch threads.  The two
+    take turns, and the best of the rounds counts for each, so that other load on the machine hits neither alone.
+
+    Args:
+        rounds: Timed steps of the peer; ours, being shorter, takes three for each.
+
+    Returns:
+        `tokens_per_second` of ours, `mambapy_tokens_per_second`, their `ratio`, and the setting they were measured in.
+
+    Raises:
+        ModuleNotFoundError: if mambapy is not installed; the message says how to.
+    """
+    scan = _mambapy_scan()
+    config = MambaConfig(d_model=64, n_layers=4, d_state=16)
+    torch.manual_seed(0)
+    ours = _training_step(Mamba(config))
+    theirs = _training_step(_with_scan(Mamba(config), scan))
+    ours(), theirs()  # compile, allocate
+    times = [(min(ours() for _ in range(3)), theirs()) for _ in range(rounds)]
+    best_ours, best_theirs = (min(column) for column in zip(*times, strict=True))
+    tokens = BATCH * LENGTH
+    return {
+        "tokens_per_second": tokens / best_ours,
+        "mambapy_tokens_per_second": tokens / best_theirs,
+        "ratio": best_theirs / best_ours,
+        "batch": BATCH,
+        "length": LENGTH,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def bench_rollout(episodes: int = 40) -> dict[str, float | int]:
+    """Measure whether a step of a rollout costs the same late as early, and whether memory stays flat.
+
+    The laptop profile's network, untrained, on its 16 test tasks, the simulator running.
+
+    Returns:
+        Median milliseconds of a network step in episode 2 and in the last one, their ratio, and by how many MiB the
+        process's peak memory grew from the end of episode 2 to the end.
+    """
+    settings = profile("laptop")
+    torch.manual_seed(0)
+    policy = _Timed(settings.policy)
+    evaluate(settings, policy, episodes=episodes)
+    steps = np.array(policy.seconds).reshape(episodes, -1) * 1e3
+    peaks = np.array(policy.peaks).reshape(episodes, -1)[:, -1] / 2**20
+    early, late = float(np.median(steps[1])), float(np.median(steps[-1]))
+    growth = float(peaks[-1] - peaks[1])
+    return {"episode_2_ms": early, "last_episode_ms": late, "ratio": late / early, "peak_growth_mib": growth}
+
+
+def bench_sources() -> dict[str, float | int]:
+    """Measure environment steps a second of one PPO run on one core, updates and recording included."""
+    settings = profile("laptop")
+    start = time.perf_counter()
+    run_ppo(settings.family, settings.train_tasks[0], settings.source, seed=0)
+    return {"steps_per_second": settings.source.steps / (time.perf_counter() - start), "cores": 1}
+
+
+BENCHMARKS = {"training": bench_training, "rollout": bench_rollout, "sources": bench_sources}
+
+
+class _Timed(ADPolicy):
+    """A policy that notes how long each step took and the process's peak memory after it, in bytes."""
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__(config)
+        self.seconds, self.peaks = [], []
+
+    def act(self, *args, **kwargs) -> tuple[Tensor, PolicyState]:
+        """Act as the policy does."""
+        start = time.perf_counter()
+        result = super().act(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - start)
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        return result
+
+
+def _training_step(model: Mamba) -> Callable[[], float]:
+    """A function that makes one training step on random data and returns its seconds."""
+    tokens, target = torch.randn(2, BATCH, LENGTH, model.config.d_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> float:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        (model(tokens) - target).square().mean().backward()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    return step
+
+
+def _with_scan(model: Mamba, scan: Callable[..., Tensor]) -> Mamba:
+    """Let every layer of the model take the uncompiled path with another scan."""
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        block = layer.mixer
+        return x + block.out_proj(block.inner(block.in_proj(layer.norm(x)), scan))
+
+    for layer in model.layers:
+        layer.forward = partial(forward, layer)
+    return model
+
+
+def _mambapy_scan() -> Callable[..., Tensor]:
+    """The parallel scan of mambapy with the interface of `selective_scan`, used as its own `MambaBlock` does."""
+    try:
+        from mambapy.pscan import pscan
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "this benchmark compares with mambapy, which is not installed; "
+            "install it with: pip install mambapy==1.2.0 --no-deps"
+        ) from error
+
+    def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        x, delta, B, C = (y.transpose(1, 2) for y in (u, delta, B, C))  # rows, as mambapy has them
+        delta = torch.nn.functional.softplus(delta + delta_bias)
+        decay = torch.exp(delta.unsqueeze(-1) * A)  # (B, L, D, N)
+        kicks = (delta * x).unsqueeze(-1) * B.unsqueeze(2)
+        y = (pscan(decay, kicks) @ C.unsqueeze(-1)).squeeze(-1) + D * x  # (B, L, D)
+        return y.transpose(1, 2) * torch.nn.functional.silu(z)
+
+    return scan

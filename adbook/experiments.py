@@ -1,0 +1,255 @@
+"""The book's experiments: presets of every stage, and functions that load an artefact or make it, saying which.
+
+An artefact's name holds a hash of everything that shapes it, so the same settings give the same name, nothing is
+computed twice, and nothing stale is used. What is made goes to `runs/`.
+"""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adbook import histories, metrics
+from adbook.histories import LearningHistory, WindowConfig, Windows, content_hash, load_histories
+from adbook.mamba import MambaConfig
+from adbook.policy import ADPolicy, PolicyConfig
+from adbook.rollout import RandomPolicy, Rollout, rollout
+from adbook.sources import PPOConfig
+from adbook.tasks import Task, TaskFamily
+from adbook.tasks import family as task_family
+from adbook.training import TrainingConfig, TrainingLog, train
+from adbook.transformer import TransformerConfig
+
+PROFILES = ("smoke", "laptop", "paper")
+ROOT = Path(__file__).resolve().parents[1]
+# Wherever a chapter is run from, its artefacts are the repository's; ADBOOK_RUNS puts them elsewhere.
+RUNS = Path(os.environ.get("ADBOOK_RUNS", ROOT / "runs"))
+RESULTS = ROOT / "artifacts" / "results"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The settings of every stage of one experiment."""
+
+    name: str
+    family: TaskFamily
+    seed: int = 0  # of the model: initial weights, windows, noise, rollouts
+    n_tasks: int = 128  # training tasks, the first n of the family's
+    n_test: int = 16  # test (and out-of-distribution) tasks
+    source: PPOConfig = field(default_factory=PPOConfig)
+    source_seeds: tuple[int, ...] = (0,)  # source runs a training task
+    window: WindowConfig = field(default_factory=lambda: WindowConfig(episodes=8, every=6))
+    backbone: MambaConfig | TransformerConfig = field(default_factory=MambaConfig)
+    head: str = "gaussian"
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    episodes: int = 20  # of a rollout
+
+    def __post_init__(self):
+        """Refuse what the family or the source cannot give, before any long work.
+
+        Raises:
+            ValueError: more tasks than the family has, or a context longer than the source's histories.
+        """
+        for name, tasks in (("n_tasks", self.family.train_tasks), ("n_test", self.family.test_tasks)):
+            if not 1 <= getattr(self, name) <= len(tasks):
+                raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {len(tasks)} for {self.family.name}")
+        _ = self.policy  # its own checks
+        per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
+        if self.window.episodes * self.window.every > per_stream:
+            raise ValueError(
+                f"a context of {self.window.episodes} episodes, one in {self.window.every}, exceeds a history of "
+                f"{per_stream} episodes; lower episodes or every, or raise the source's steps"
+            )
+
+    @property
+    def train_tasks(self) -> tuple[Task, ...]:
+        """The training tasks that this profile uses."""
+        return self.family.train_tasks[: self.n_tasks]
+
+    @property
+    def test_tasks(self) -> tuple[Task, ...]:
+        """The held-out tasks that this profile uses."""
+        return self.family.test_tasks[: self.n_test]
+
+    @property
+    def ood_tasks(self) -> tuple[Task, ...]:
+        """The out-of-distribution tasks that this profile uses."""
+        return self.family.ood_tasks[: self.n_test]
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """Shape of the policy."""
+        sizes = self.family.observation_size, self.family.action_size
+        return PolicyConfig(*sizes, backbone=self.backbone, head=self.head)
+
+
+# Only what differs from `Profile`'s defaults, each with its reason.
+_PRESETS = {
+    "smoke": {  # every line runs in seconds; no number means anything
+        "n_tasks": 4,
+        "n_test": 2,
+        "source": PPOConfig(steps=1600, n_envs=4, streams=2, n_epochs=2),
+        "window": WindowConfig(episodes=2, every=2),
+        "backbone": MambaConfig(d_model=16, n_layers=2),
+        "training": TrainingConfig(updates=6, batch_size=2, warmup=2, checkpoint_every=3),
+        "episodes": 6,
+    },
+    "laptop": {},
+    "paper": {  # the paper's scale: 6 to 8 layers, width 384 to 512, one GPU
+        "source": PPOConfig(streams=16),
+        "source_seeds": (0, 1, 2, 3),
+        "window": WindowConfig(episodes=16, every=3),
+        "backbone": MambaConfig(d_model=384, n_layers=6),
+        "training": TrainingConfig(updates=50_000, batch_size=128, learning_rate=3e-4, warmup=1000),
+        "episodes": 40,
+    },
+}
+
+
+def check_profile(name: str) -> str:
+    """Return `name` if it is a profile.
+
+    Raises:
+        ValueError: it is not; the message lists the profiles.
+    """
+    if name not in _PRESETS:
+        close = get_close_matches(str(name), PROFILES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown profile {name!r}{hint}; choose one of {', '.join(PROFILES)}")
+    return name
+
+
+def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, **changes) -> Profile:
+    """Return the settings of a profile.
+
+    Args:
+        name: "smoke", "laptop" or "paper".
+        family: name of a task family.
+        seed: of the model.
+        **changes: fields of `Profile` to set otherwise, for example `head="mse"`.
+
+    Raises:
+        ValueError: unknown profile, family or field, or settings that do not fit each other.
+    """
+    check_profile(name)
+    allowed = [f for f in Profile.__dataclass_fields__ if f not in ("name", "family", "seed")]
+    for key in changes:
+        if key not in allowed:
+            raise ValueError(f"unknown setting {key!r}; choose from {', '.join(allowed)}")
+    kind = task_family(family)
+    preset = {"source": PPOConfig()} | _PRESETS[name]
+    preset["source"] = _for_horizon(preset["source"], kind.horizon)
+    return Profile(name, kind, seed, **preset | changes)
+
+
+def _for_horizon(source: PPOConfig, horizon: int) -> PPOConfig:
+    """Scale settings made for Reacher-Goal's 50 steps, so that a history has as many episodes in every family."""
+    scaled = {name: getattr(source, name) * horizon // 50 for name in ("steps", "n_steps", "batch_size")}
+    return replace(source, **scaled)
+
+
+def source_histories(settings: Profile, split: str = "train", *, progress: bool = True) -> list[LearningHistory]:
+    """Load the source histories of the tasks of a split, recording those that are missing.
+
+    Args:
+        settings: the profile.
+        split: "train", "test" or "ood"; test and ood histories only normalise scores and are never trained on.
+        progress: show a bar while recording.
+    """
+    tasks = getattr(settings, f"{split}_tasks")
+    seeds = settings.source_seeds if split == "train" else (0,)
+    where = {"seeds": seeds, "folder": RUNS / "histories"}
+    paths = histories.run_paths(settings.family, tasks, settings.source, **where)
+    missing = sum(not path.exists() for path in paths)
+    histories.record(settings.family, tasks, settings.source, **where, progress=progress)
+    print(f"{split} histories: recorded {missing} source runs, loaded {len(paths) - missing}")
+    return [history for path in paths for history in load_histories(path)]
+
+
+@dataclass(frozen=True)
+class References:
+    """The two ends of the normalised score, task by task.
+
+    Attributes:
+        random: (tasks,) mean return of uniformly random actions: score 0.
+        source: (tasks,) mean return of the last tenth of the source's episodes: score 1.
+        start: (tasks,) mean return of the source's first tenth.
+    """
+
+    random: np.ndarray
+    source: np.ndarray
+    start: np.ndarray
+
+    def score(self, returns: np.ndarray) -> np.ndarray:
+        """Normalise returns (tasks, …): 0 is random, 1 the source's end."""
+        return metrics.normalized_score(returns, self.random, self.source)
+
+
+def references(settings: Profile, split: str = "test") -> References:
+    """Measure random actions and the source's start and end on the tasks of a split."""
+    tasks = getattr(settings, f"{split}_tasks")
+    by_task = {task: [] for task in tasks}
+    for history in source_histories(settings, split):
+        about = history.metadata["task"]
+        by_task[Task(**about | {"goal": tuple(about["goal"])})].append(history.episode_returns)
+    ends = [[r[len(r) - max(1, len(r) // 10) :].mean() for r in by_task[task]] for task in tasks]
+    starts = [[r[: max(1, len(r) // 10)].mean() for r in by_task[task]] for task in tasks]
+    uniform = RandomPolicy(settings.family.action_size)
+    played = rollout(uniform, settings.family, tasks, episodes=20, seed=0)
+    return References(played.returns.mean(1), np.mean(ends, 1), np.mean(starts, 1))
+
+
+def trained_policy(settings: Profile, *, progress: bool = True) -> tuple[ADPolicy, TrainingLog]:
+    """Load the policy of these settings, training it (from its last checkpoint, if there is one) when it is missing."""
+    name = f"{settings.family.name}-{settings.name}-{settings.policy.backbone_name}-seed{settings.seed}"
+    folder = RUNS / "policies" / f"{name}-{_training_hash(settings)}"
+    if (folder / "config.json").exists():
+        print(f"policy: loaded runs/policies/{folder.name}")
+        about = json.loads((folder / "config.json").read_text())["about"]
+        return ADPolicy.from_pretrained(folder), TrainingLog(**about["log"])
+    windows = Windows(source_histories(settings), settings.window, settings.family.horizon)
+    torch.manual_seed(settings.seed)
+    policy = ADPolicy(settings.policy)
+    training = replace(settings.training, seed=settings.seed)
+    log = train(policy, windows, training, checkpoint=folder / "training.safetensors", progress=progress)
+    policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | provenance())
+    minutes = log.seconds / 60
+    print(f"policy: trained {len(log.losses)} updates in {minutes:.1f} minutes, saved as runs/policies/{folder.name}")
+    return policy, log
+
+
+def evaluate(settings: Profile, policy: ADPolicy, split: str = "test", **options) -> Rollout:
+    """Roll a policy out on the tasks of a split with frozen weights; options are those of `adbook.rollout`."""
+    options = {"episodes": settings.episodes, "seed": settings.seed} | options
+    return rollout(policy, settings.family, getattr(settings, f"{split}_tasks"), **options)
+
+
+def describe(settings: Profile) -> dict:
+    """Return the settings as plain JSON: what a result's file keeps of them."""
+    described = {}
+    for key in Profile.__dataclass_fields__:
+        value = getattr(settings, key)
+        described[key] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    family = settings.family
+    policy = {"policy": asdict(settings.policy), "backbone_kind": settings.policy.backbone_name}
+    return described | policy | {"family": family.name, "split": family.split}
+
+
+def provenance() -> dict:
+    """Return what a result's file says of where it comes from: machine and date."""
+    cores = f"{os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {cores}"
+    return {"machine": device, "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
+
+
+def _training_hash(settings: Profile) -> str:
+    """Hash of all that shapes the weights: data, model, training, seed; not the profile's name or its evaluation."""
+    paths = histories.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
+    parts = (asdict(part) for part in (settings.policy, settings.window, settings.training))
+    return content_hash([path.name for path in paths], *parts, settings.policy.backbone_name, settings.seed)

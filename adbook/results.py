@@ -1,0 +1,160 @@
+"""Results that take longer than a reader should wait for: made by one command each, kept as JSON in the repository.
+
+    python -m adbook results      three training seeds on the held-out tasks, with controls
+    python -m adbook ablations    one factor at a time, trained for a shorter time
+
+Each file holds the settings, the seeds, the commit, the machine and the date beside the raw returns; every figure and
+number in the book is drawn from these files or made on the page.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adbook import experiments
+from adbook.experiments import Profile, References, describe, evaluate, provenance, references, trained_policy
+from adbook.histories import WindowConfig
+from adbook.policy import ADPolicy
+from adbook.transformer import TransformerConfig
+
+CONTROLS = {"mamba": {}, "reward withheld": {"withhold_reward": True}, "deterministic": {"deterministic": True}}
+
+
+def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """Train one policy a seed and roll each out on test and out-of-distribution tasks, with controls.
+
+    Returns:
+        JSON: "returns" by split and method as (seeds, tasks, episodes), "references" by split, "settings" and where it
+        was made. "untrained" is the same network before training.
+    """
+    runs = [replace(settings, seed=seed) for seed in seeds]
+    trained = [trained_policy(run) for run in runs]
+    policies, returns = [policy for policy, _ in trained], {}
+    for split in ("test", "ood"):
+        returns[split] = {
+            method: [
+                evaluate(run, policy, split, **options).returns for run, policy in zip(runs, policies, strict=True)
+            ]
+            for method, options in CONTROLS.items()
+        }
+        returns[split]["untrained"] = [evaluate(run, _untrained(run, policies[0]), split).returns for run in runs[:1]]
+    speed = [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for _, log in trained]
+    return _result(settings, seeds=list(seeds), returns=returns, training=speed, references=_references(settings))
+
+
+def ablations(settings: Profile, updates: int) -> dict[str, Any]:
+    """Train variants that differ from the profile in one factor, all for the same `updates`, and roll them out.
+
+    Returns:
+        JSON: "variants", a list of {"factor", "value", "returns" (tasks, episodes), "minutes"}; the profile's own
+        value is in the list once a factor. The test tasks are measured here and nothing is chosen by them.
+    """
+    rows, done = [], {}
+    for factor, value, changes in variants(settings):
+        run = replace(settings, **changes)
+        run = replace(run, training=replace(run.training, updates=updates))
+        key = json.dumps(describe(run), sort_keys=True)
+        if key not in done:
+            policy, log = trained_policy(run)
+            done[key] = {"returns": evaluate(run, policy).returns, "minutes": log.seconds / 60}
+        rows.append({"factor": factor, "value": value} | done[key])
+    return _result(settings, updates=updates, variants=rows, references=_references(settings, ("test",)))
+
+
+def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return what `ablations` compares: (factor, value, changed fields of the profile)."""
+    full = settings.window
+    shorter = [n for n in (1, 2, 4) if n < full.episodes]
+    context = [(n, _shorter_context(settings, n)) for n in shorter] + [(full.episodes, {})]
+    denser = [k for k in (1, 3) if k < full.every]
+    thinning = [(k, {"window": WindowConfig(full.episodes, k, span=False)}) for k in denser] + [(full.every, {})]
+    tasks = [(n, {"n_tasks": n}) for n in (16, 32, 64) if n < settings.n_tasks] + [(settings.n_tasks, {})]
+    attention = TransformerConfig(
+        d_model=settings.backbone.d_model,
+        n_layers=settings.backbone.n_layers,
+        context=full.episodes * settings.family.horizon,
+    )
+    slower = replace(settings.training, learning_rate=settings.training.learning_rate / 2)  # as attention needs
+    return [
+        *(("context", f"{n} episodes", changes) for n, changes in context),
+        *(("downsampling", f"1 in {k}", changes) for k, changes in thinning),
+        *(("head", head, {"head": head}) for head in ("mse", "gaussian")),
+        *(("training tasks", str(n), changes) for n, changes in tasks),
+        ("backbone", "transformer", {"backbone": attention, "training": slower}),
+        ("backbone", "mamba", {}),
+    ]
+
+
+def _shorter_context(settings: Profile, episodes: int) -> dict[str, Any]:
+    """Windows of fewer episodes from anywhere in a history, and as many more of them in a batch."""
+    batch_size = settings.training.batch_size * settings.window.episodes // episodes
+    window = WindowConfig(episodes, settings.window.every, span=False)
+    return {"window": window, "training": replace(settings.training, batch_size=batch_size)}
+
+
+def load_references(result: dict[str, Any], split: str = "test") -> References:
+    """Return the two ends of the score that a result was measured with."""
+    return References(**{name: np.array(values) for name, values in result["references"][split].items()})
+
+
+def save_result(name: str, result: dict[str, Any], folder: str | os.PathLike = experiments.RESULTS) -> Path:
+    """Write `folder/name.json`, under a temporary name first; numbers are rounded to 4 decimals."""
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> dict[str, Any]:
+    """Read `folder/name.json`.
+
+    Raises:
+        FileNotFoundError: it has not been made; the message names the results that are there and the command.
+    """
+    path = Path(folder) / f"{name}.json"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in Path(folder).glob("*.json"))) or "none"
+        raise FileNotFoundError(f"no result {name!r} in {folder} (there: {there}); make it with `python -m adbook`")
+    return json.loads(path.read_text())
+
+
+def _untrained(settings: Profile, trained: ADPolicy) -> ADPolicy:
+    """Return the network as it was before training, with the trained one's normalisation."""
+    torch.manual_seed(settings.seed)
+    policy = ADPolicy(settings.policy)
+    policy.load_state_dict(policy.state_dict() | dict(trained.named_buffers()))
+    return policy
+
+
+def _references(settings: Profile, splits: Sequence[str] = ("test", "ood")) -> dict[str, Any]:
+    return {split: vars(references(settings, split)) for split in splits}
+
+
+def _result(settings: Profile, **parts: Any) -> dict[str, Any]:
+    return {"settings": describe(settings), "made": provenance() | {"commit": _commit()}} | parts
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def _rounded(value: Any) -> Any:
+    """Turn arrays into lists and round every float to 4 decimals."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _rounded(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float | np.floating) else value

@@ -1,0 +1,113 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from adbook import experiments, results
+from adbook.experiments import PROFILES, evaluate, profile, references, source_histories, trained_policy
+from adbook.histories import WindowConfig
+from adbook.sources import PPOConfig
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Artefacts of this module's runs, in a folder apart from the reader's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "RUNS", tmp_path_factory.mktemp("runs"))
+        yield experiments.RUNS
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_fits_reacher_goal(name):
+    settings = profile(name)
+    assert settings.policy.observation_size == 8
+    assert settings.train_tasks == settings.family.train_tasks[: settings.n_tasks]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "laptpo"}, "'laptpo'.*did you mean 'laptop'.*smoke, laptop, paper"),
+        ({"family": "reacher"}, "'reacher'.*did you mean 'reacher-goal'.*ant-dir"),
+        ({"layers": 3}, "'layers'.*choose from.*backbone"),
+        ({"n_tasks": 129}, "n_tasks=129 must be from 1 to 128"),
+        ({"n_test": 0}, "n_test=0 must be from 1 to 16"),
+        ({"head": "mle"}, "'mle'.*gaussian, mse"),
+        ({"window": WindowConfig(episodes=20, every=6)}, "20 episodes, one in 6, exceeds a history of 50 episodes"),
+        ({"source": PPOConfig(steps=1600)}, "exceeds a history of 2 episodes; lower episodes or every, or raise"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        profile(**arguments)
+
+
+def test_histories_are_recorded_once(runs, capsys):
+    settings = profile("smoke")
+    first = source_histories(settings, progress=False)
+    again = source_histories(settings, progress=False)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"train histories: recorded {n} source runs, loaded {4 - n}" for n in (4, 0)]
+    assert len(first) == settings.n_tasks * settings.source.streams
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+
+
+def test_a_policy_is_trained_once_and_another_setting_is_another_policy(runs, capsys):
+    settings = profile("smoke")
+    policy, log = trained_policy(settings, progress=False)
+    loaded, same_log = trained_policy(settings, progress=False)
+    assert "policy: loaded" in capsys.readouterr().out
+    assert same_log == log
+    for name, value in policy.state_dict().items():
+        np.testing.assert_array_equal(value, loaded.state_dict()[name])
+    other, _ = trained_policy(replace(settings, seed=1), progress=False)
+    assert not np.array_equal(other.head.weight.detach(), policy.head.weight.detach())
+
+
+def test_what_does_not_shape_the_weights_does_not_train_anew(runs):
+    settings = profile("smoke")
+    longer = replace(settings, episodes=9, n_test=1)
+    assert experiments._training_hash(longer) == experiments._training_hash(settings)
+    shorter = replace(settings, training=replace(settings.training, updates=5))
+    assert experiments._training_hash(shorter) != experiments._training_hash(settings)
+
+
+def test_references_put_the_source_at_one_and_random_at_zero(runs):
+    settings = profile("smoke")
+    ends = references(settings)
+    assert ends.random.shape == ends.source.shape == (2,)
+    # A source of 1,600 steps may still be worse than random, which has no score; the ends are checked on made ones.
+    ends = replace(ends, random=np.array([-12.0, -10.0]), source=np.array([-2.0, -1.0]))
+    np.testing.assert_allclose(ends.score(np.array([[-12.0, -2.0], [-5.5, -1.0]])), [[0, 1], [0.5, 1]])
+
+
+def test_evaluate_rolls_out_on_the_split_that_is_named(runs):
+    settings = profile("smoke")
+    policy, _ = trained_policy(settings, progress=False)
+    played = evaluate(settings, policy, "ood", episodes=1)
+    assert played.tasks == settings.ood_tasks
+    assert played.returns.shape == (2, 1)
+
+
+def test_ablations_change_one_factor_and_hold_the_profile_itself(runs):
+    settings = profile("smoke")
+    rows = results.variants(settings)
+    for factor in {factor for factor, _, _ in rows}:
+        values = [changes for name, _, changes in rows if name == factor]
+        assert sum(replace(settings, **changes) == settings for changes in values) == 1
+    result = results.ablations(settings, updates=3)
+    assert [row["factor"] for row in result["variants"]] == [factor for factor, _, _ in rows]
+    assert all(np.isfinite(row["returns"]).all() for row in result["variants"])
+
+
+def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, tmp_path):
+    result = results.in_context(profile("smoke"), seeds=(0, 1))
+    assert np.shape(result["returns"]["test"]["mamba"]) == (2, 2, 6)
+    path = results.save_result("reacher-goal-smoke", result, tmp_path)
+    loaded = results.load_result("reacher-goal-smoke", tmp_path)
+    np.testing.assert_allclose(loaded["returns"]["ood"]["untrained"], result["returns"]["ood"]["untrained"], atol=5e-5)
+    assert loaded["made"]["date"] == json.loads(path.read_text())["made"]["date"]
+    with pytest.raises(FileNotFoundError, match=r"'ant-dir-paper'.*there: reacher-goal-smoke.*python -m adbook"):
+        results.load_result("ant-dir-paper", tmp_path)
