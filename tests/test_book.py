@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from playwright.sync_api import expect
 
 from adbook.book import BookError, build_site, execute, tidy
 from adbook.experiments import PROFILES
@@ -197,6 +199,13 @@ def test_every_figure_has_a_caption_and_alternative_text(smoke_book):
     assert charts >= len(CHAPTERS)
 
 
+# A widget is drawn into an element before the script that describes it.
+UNDRAWN = (
+    ".plotly-graph-div:not(:has(> .plot-container)), "
+    "script[type='application/vnd.jupyter.widget-view+json']:not(.widget-subarea:not(:empty) + *)"
+)
+
+
 @dataclass
 class Visit:
     """What happened while a page was open."""
@@ -204,7 +213,7 @@ class Visit:
     page: str
     foreign: list[str] = field(default_factory=list)  # requests off the machine; they were blocked
     errors: list[str] = field(default_factory=list)  # of the console, of scripts, of requests
-    undrawn: int = 0  # charts without a drawing
+    undrawn: int = 0  # charts and widgets without a drawing
     unlabelled: int = 0  # drawings of widgets without a label
     overflow: int = 0  # pixels that a phone's reader would have to scroll sideways
 
@@ -285,11 +294,11 @@ def _visit(context, base, path) -> Visit:
     page.on("pageerror", lambda error: visit.errors.append(str(error)))
     page.on("console", lambda message: visit.errors.append(message.text) if message.type == "error" else None)
     page.on("response", lambda response: visit.errors.append(response.url) if response.status >= 400 else None)
-    page.goto(f"{base}/{path.as_posix()}", wait_until="networkidle")
-    charts, drawn = page.locator(".plotly-graph-div"), page.locator(".plotly-graph-div > .plot-container")
-    if charts.count():
-        drawn.nth(charts.count() - 1).wait_for(state="attached")
-    visit.undrawn = charts.count() - drawn.count()
+    # Not "networkidle", which may come while a busy machine is still reading the page.
+    page.goto(f"{base}/{path.as_posix()}", wait_until="load", timeout=120_000)
+    with suppress(AssertionError):  # what is not drawn in time is counted, so that the test can name the page
+        expect(page.locator(UNDRAWN)).to_have_count(0, timeout=60_000)
+    visit.undrawn = page.locator(UNDRAWN).count()
     visit.unlabelled = page.locator("canvas:not([aria-label])").count()
     page.set_viewport_size({"width": 390, "height": 800})
     visit.overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
