@@ -41,13 +41,13 @@ def results(options: argparse.Namespace) -> None:
 
 
 def ablations(options: argparse.Namespace) -> None:
-    """Train variants that differ in one factor, and write their returns."""
+    """Train variants that differ in one factor, three seeds each, and write their returns."""
     from adbook import experiments
     from adbook.results import ablations, save_result
 
     settings = experiments.profile(options.profile, options.family)
-    updates = options.updates or max(settings.training.updates // 4, settings.training.warmup + 1)
-    print(save_result(f"ablations-{options.family}-{options.profile}", ablations(settings, updates)))
+    updates = options.updates or max(settings.training.updates // 2, settings.training.warmup + 1)
+    print(save_result(f"ablations-{options.family}-{options.profile}", ablations(settings, updates, options.seeds)))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -75,11 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
         command.add_argument("--family", default="reacher-goal", help="a task family")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
         command.set_defaults(run=run)
-        if run is results:
-            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
-        else:
-            command.add_argument("--updates", type=int, help="of each variant (default: a quarter of the profile's)")
+        if run is ablations:
+            command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
     command.add_argument("names", nargs="*", metavar="NAME", help="training, rollout or sources (default: all)")
     command.set_defaults(run=bench)

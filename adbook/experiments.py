@@ -7,6 +7,7 @@ computed twice, and nothing stale is used. What is made goes to `runs/`.
 import json
 import os
 import platform
+import subprocess
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -242,10 +243,21 @@ def describe(settings: Profile) -> dict:
 
 
 def provenance() -> dict:
-    """Return what a result's file says of where it comes from: machine and date."""
+    """Return what a result's file says of where it comes from: machine, version of torch, date and commit."""
     cores = f"{os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {cores}"
-    return {"machine": device, "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
+    date = datetime.now(UTC).date().isoformat()
+    return {"machine": device, "torch": torch.__version__, "date": date, "commit": _commit()}
+
+
+def _commit() -> str:
+    """The repository's commit, marked where files differ from it; "unknown" outside of a clone or without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
 
 
 def _training_hash(settings: Profile) -> str:

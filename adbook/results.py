@@ -1,7 +1,7 @@
 """Results that take longer than a reader should wait for: made by one command each, kept as JSON in the repository.
 
     python -m adbook results      three training seeds on the held-out tasks, with controls
-    python -m adbook ablations    one factor at a time, trained for a shorter time
+    python -m adbook ablations    one factor at a time, three seeds each, trained for a shorter time
 
 Each file holds the settings, the seeds, the commit, the machine and the date beside the raw returns; every figure and
 number in the book is drawn from these files or made on the page.
@@ -9,7 +9,6 @@ number in the book is drawn from these files or made on the page.
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,23 +48,26 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2)) -> dict[str,
     return _result(settings, seeds=list(seeds), returns=returns, training=speed, references=_references(settings))
 
 
-def ablations(settings: Profile, updates: int) -> dict[str, Any]:
+def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
     """Train variants that differ from the profile in one factor, all for the same `updates`, and roll them out.
 
     Returns:
-        JSON: "variants", a list of {"factor", "value", "returns" (tasks, episodes), "minutes"}; the profile's own
-        value is in the list once a factor. The test tasks are measured here and nothing is chosen by them.
+        JSON: "variants", a list of {"factor", "value", "returns" (seeds, tasks, episodes), "minutes" (seeds,)}; the
+        profile's own value is in the list once a factor. The test tasks are measured here and nothing is chosen by
+        them.
     """
-    rows, done = [], {}
+    rows = []
     for factor, value, changes in variants(settings):
-        run = replace(settings, **changes)
-        run = replace(run, training=replace(run.training, updates=updates))
-        key = json.dumps(describe(run), sort_keys=True)
-        if key not in done:
+        returns, minutes = [], []
+        for seed in seeds:
+            run = replace(settings, seed=seed, **changes)
+            run = replace(run, training=replace(run.training, updates=updates))
             policy, log = trained_policy(run)
-            done[key] = {"returns": evaluate(run, policy).returns, "minutes": log.seconds / 60}
-        rows.append({"factor": factor, "value": value} | done[key])
-    return _result(settings, updates=updates, variants=rows, references=_references(settings, ("test",)))
+            returns.append(evaluate(run, policy).returns)
+            minutes.append(log.seconds / 60)
+        rows.append({"factor": factor, "value": value, "returns": returns, "minutes": minutes})
+    references = _references(settings, ("test",))
+    return _result(settings, updates=updates, seeds=list(seeds), variants=rows, references=references)
 
 
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
@@ -140,13 +142,7 @@ def _references(settings: Profile, splits: Sequence[str] = ("test", "ood")) -> d
 
 
 def _result(settings: Profile, **parts: Any) -> dict[str, Any]:
-    return {"settings": describe(settings), "made": provenance() | {"commit": _commit()}} | parts
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return run.stdout.strip() or "unknown"
+    return {"settings": describe(settings), "made": provenance()} | parts
 
 
 def _rounded(value: Any) -> Any:

@@ -97,9 +97,12 @@ def test_ablations_change_one_factor_and_hold_the_profile_itself(runs):
     for factor in {factor for factor, _, _ in rows}:
         values = [changes for name, _, changes in rows if name == factor]
         assert sum(replace(settings, **changes) == settings for changes in values) == 1
-    result = results.ablations(settings, updates=3)
+    result = results.ablations(settings, updates=3, seeds=(0, 1))
     assert [row["factor"] for row in result["variants"]] == [factor for factor, _, _ in rows]
-    assert all(np.isfinite(row["returns"]).all() for row in result["variants"])
+    returns = np.array([row["returns"] for row in result["variants"]])  # (variants, seeds, tasks, episodes)
+    assert returns.shape == (len(rows), 2, settings.n_test, settings.episodes)
+    assert np.isfinite(returns).all()
+    assert (returns[:, 0] != returns[:, 1]).any(axis=(1, 2)).all()
 
 
 def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, tmp_path):
