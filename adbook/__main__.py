@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"adbook: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -251,13 +251,17 @@ def provenance() -> dict:
 
 
 def _commit() -> str:
-    """The repository's commit, marked where files differ from it; "unknown" outside of a clone or without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The repository's commit, marked if the code differs from it; "unknown" outside of a clone or without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "adbook", "requirements.txt")
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
-    return run.stdout.strip() or "unknown"
+    return f"{commit}-dirty" if changed else commit
 
 
 def _training_hash(settings: Profile) -> str:
