@@ -55,8 +55,11 @@ class Profile:
         """Refuse what the family or the source cannot give, before any long work.
 
         Raises:
-            ValueError: more tasks than the family has, or a context longer than the source's histories.
+            ValueError: a seed that is none, more tasks than the family has, or a context longer than the source's
+                histories.
         """
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0")
         for name, tasks in (("n_tasks", self.family.train_tasks), ("n_test", self.family.test_tasks)):
             if not 1 <= getattr(self, name) <= len(tasks):
                 raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {len(tasks)} for {self.family.name}")
@@ -86,7 +89,8 @@ class Profile:
     @property
     def policy(self) -> PolicyConfig:
         """Shape of the policy."""
-        sizes = self.family.observation_size, self.family.action_size
+        family = self.family
+        sizes = family.observation_size, family.action_size, family.action_scale
         return PolicyConfig(*sizes, backbone=self.backbone, head=self.head)
 
 
@@ -201,13 +205,16 @@ def references(settings: Profile, split: str = "test") -> References:
         by_task[Task(**about | {"goal": tuple(about["goal"])})].append(history.episode_returns)
     ends = [[r[len(r) - max(1, len(r) // 10) :].mean() for r in by_task[task]] for task in tasks]
     starts = [[r[: max(1, len(r) // 10)].mean() for r in by_task[task]] for task in tasks]
-    uniform = RandomPolicy(settings.family.action_size)
+    uniform = RandomPolicy(settings.family.action_size, settings.family.action_scale)
     played = rollout(uniform, settings.family, tasks, episodes=20, seed=0)
     return References(played.returns.mean(1), np.mean(ends, 1), np.mean(starts, 1))
 
 
 def trained_policy(settings: Profile, *, progress: bool = True) -> tuple[ADPolicy, TrainingLog]:
-    """Load the policy of these settings, training it (from its last checkpoint, if there is one) when it is missing."""
+    """Load the policy of these settings, training it (from its last checkpoint, if there is one) when it is missing.
+
+    It is on the CPU, wherever it was trained: a step of a rollout is too little work for a GPU to pay.
+    """
     name = f"{settings.family.name}-{settings.name}-{settings.policy.backbone_name}-seed{settings.seed}"
     folder = RUNS / "policies" / f"{name}-{_training_hash(settings)}"
     if (folder / "config.json").exists():
@@ -222,7 +229,7 @@ def trained_policy(settings: Profile, *, progress: bool = True) -> tuple[ADPolic
     policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | provenance())
     minutes = log.seconds / 60
     print(f"policy: trained {len(log.losses)} updates in {minutes:.1f} minutes, saved as runs/policies/{folder.name}")
-    return policy, log
+    return policy.cpu(), log
 
 
 def evaluate(settings: Profile, policy: ADPolicy, split: str = "test", **options) -> Rollout:

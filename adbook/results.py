@@ -125,7 +125,10 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
     path = Path(folder) / f"{name}.json"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in Path(folder).glob("*.json"))) or "none"
-        raise FileNotFoundError(f"no result {name!r} in {folder} (there: {there}); make it with `python -m adbook`")
+        raise FileNotFoundError(
+            f"no result {name!r} in {folder} (there: {there}); make it with `python -m adbook results` (or ablations, "
+            "or bench) with the same --profile and --family"
+        )
     return json.loads(path.read_text())
 
 

@@ -159,14 +159,13 @@ class RandomPolicy(nn.Module):
 
     Args:
         action_size: ``A``.
-        low: Smallest action, the same for all of its components.
-        high: Largest action.
+        action_scale: Largest action, the same for all of its components; the smallest is its negative.
     """
 
-    def __init__(self, action_size: int, low: float = -1.0, high: float = 1.0) -> None:
+    def __init__(self, action_size: int, action_scale: float = 1.0) -> None:
         """See the class."""
         super().__init__()
-        self.action_size, self.low, self.high = action_size, low, high
+        self.action_size, self.action_scale = action_size, action_scale
 
     def init_state(self, n: int) -> None:
         """Nothing to remember."""
@@ -184,7 +183,7 @@ class RandomPolicy(nn.Module):
         """Draw ``(n, A)`` actions from the generator; nothing else is looked at."""
         shape = len(observation), self.action_size
         uniform = torch.rand(shape, generator=generator, device=observation.device)
-        return self.low + (self.high - self.low) * uniform, state
+        return self.action_scale * (2 * uniform - 1), state
 
 
 def rollout(

@@ -34,7 +34,7 @@ class PPOConfig:
     learning_rate: float = 3e-3  # at the start; falls linearly to 0
     gamma: float = 0.95
     gae_lambda: float = 0.95
-    log_std_init: float = -0.7  # of the Gaussian policy, for actions in units of the action space
+    log_std_init: float = -0.7  # log σ of the Gaussian policy at the start, in the action's own unit
     hidden: tuple[int, ...] = (64, 64)  # of the policy and of the value function
 
     def __post_init__(self):

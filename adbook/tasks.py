@@ -269,6 +269,7 @@ class TaskFamily:
         horizon: steps an episode.
         observation_size: length of the observation vector.
         action_size: length of the action vector.
+        action_scale: the largest action, in every component; the smallest is its negative.
         train_tasks: in a spread-out order, so that any first n cover the range evenly ("default": 128).
         test_tasks: from the same range, never trained on ("default": 16).
         ood_tasks: outside the range of the training tasks (16; none for MACAW's Ant-Dir, which has the whole circle).
@@ -279,6 +280,7 @@ class TaskFamily:
     horizon: int
     observation_size: int
     action_size: int
+    action_scale: float
     train_tasks: tuple[Task, ...]
     test_tasks: tuple[Task, ...]
     ood_tasks: tuple[Task, ...]
@@ -325,7 +327,7 @@ def family(name: str, split: str = "default") -> TaskFamily:
         raise ValueError(f"unknown split {split!r} of {name!r}; choose one of {', '.join(allowed)}")
     train, test = _macaw_goals(spec) if split == "macaw" else _default_goals(spec)
     env = spec.env()
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    sizes = env.observation_space.shape[0], env.action_space.shape[0], float(env.action_space.high[0])
     env.close()
     splits = (_tasks(name, kind, goals) for kind, goals in (("train", train), ("test", test), ("ood", spec.ood)))
     return TaskFamily(name, split, spec.horizon, *sizes, *splits)

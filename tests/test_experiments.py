@@ -8,6 +8,7 @@ from adbook import experiments, results
 from adbook.experiments import PROFILES, evaluate, profile, references, source_histories, trained_policy
 from adbook.histories import WindowConfig
 from adbook.sources import PPOConfig
+from adbook.tasks import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +26,20 @@ def test_every_profile_fits_reacher_goal(name):
     assert settings.train_tasks == settings.family.train_tasks[: settings.n_tasks]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_can_take_every_action_of_its_family(family):
+    settings = profile("smoke", family)
+    assert settings.policy.action_scale == settings.family.make(settings.test_tasks[0]).action_space.high[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "laptpo"}, "'laptpo'.*did you mean 'laptop'.*smoke, laptop, paper"),
         ({"family": "reacher"}, "'reacher'.*did you mean 'reacher-goal'.*ant-dir"),
         ({"layers": 3}, "'layers'.*choose from.*backbone"),
+        ({"seed": "one"}, "seed='one' must be a whole number of at least 0"),
+        ({"seed": -1}, "seed=-1 must"),
         ({"n_tasks": 129}, "n_tasks=129 must be from 1 to 128"),
         ({"n_test": 0}, "n_test=0 must be from 1 to 16"),
         ({"head": "mle"}, "'mle'.*gaussian, mse"),

@@ -222,12 +222,12 @@ def test_same_seed_same_rollout_other_seed_other_rollout(reacher, random_play):
 
 
 def test_a_task_starts_the_same_whatever_tasks_follow_and_whatever_the_policy_does(reacher, random_play):
-    alone = rollout(RandomPolicy(2, 0, 0), reacher, reacher.test_tasks[:1], episodes=2, seed=5)
+    alone = rollout(RandomPolicy(2, 0), reacher, reacher.test_tasks[:1], episodes=2, seed=5)
     np.testing.assert_array_equal(alone.qpos[0, :, 0], random_play.qpos[0, :, 0])
 
 
 def test_random_actions_fill_their_range():
-    action, _ = RandomPolicy(7, -2, 2).act(
+    action, _ = RandomPolicy(7, 2).act(
         torch.zeros(4000, 20), None, None, None, generator=torch.Generator().manual_seed(0)
     )
     assert action.shape == (4000, 7)

@@ -58,6 +58,8 @@ def test_sizes_and_horizon_are_those_of_the_environment(name):
     env = family.make(family.train_tasks[0])
     observation, _ = env.reset(seed=0)
     assert observation.shape == SIZES[name][:1]
+    np.testing.assert_array_equal(env.action_space.high, family.action_scale)
+    np.testing.assert_array_equal(env.action_space.low, -family.action_scale)
     steps, ended = 0, False
     while not ended:  # without torque nothing falls over, so only the horizon can end it
         _, _, terminated, truncated, _ = env.step(np.zeros(family.action_size))
