@@ -373,3 +373,10 @@ class Windows:
         index = np.pad(index, (0, self.length - len(index)), mode="edge")
         fields = {name: getattr(history, name)[index] for name in ("observations", "actions", "rewards")}
         return fields | {"starts": starts, "valid": valid}
+
+
+def window_returns(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Return of every episode in windows that `Windows.sample` drew: (n, episodes)."""
+    episode = batch["starts"].cumsum(axis=1) - 1  # (n, L)
+    rewards = np.where(batch["valid"], batch["rewards"], 0)
+    return np.stack([np.bincount(e, r) for e, r in zip(episode, rewards, strict=True)])

@@ -82,6 +82,21 @@ class Rollout:
         """Steps played in each episode, ``(n, K)`` int64; ``T`` unless the episode ended early."""
         return np.isfinite(self.rewards).sum(axis=-1)
 
+    def by_episode(self, values: np.ndarray) -> np.ndarray:
+        """Sort what was noted at every step of the rollout, for example by a hook on the policy, by episode.
+
+        Args:
+            values: ``(n, steps, ...)``, one entry a task and call of the policy's `act`; real numbers.
+
+        Returns:
+            ``(n, K, T, ...)`` float, NaN after an early end.
+        """
+        sorted_values = np.full((*self.rewards.shape, *values.shape[2:]), np.nan)
+        for i, lengths in enumerate(self.lengths):
+            for k, start in enumerate(np.cumsum(lengths) - lengths):
+                sorted_values[i, k, : lengths[k]] = values[i, start : start + lengths[k]]
+        return sorted_values
+
     def __repr__(self) -> str:
         """One line: family, split and the shape of every array."""
         shapes = ", ".join(f"{name}={getattr(self, name).shape}" for name in _ARRAYS)
