@@ -206,7 +206,8 @@ function drawChart(canvas, { values, range, current, title, xTitle, references =
   for (const [name, v] of references) {
     line(g, [[area.left, y(v)], [area.right, y(v)]], { color: colors.text, alpha: 0.55, dash: [6, 5] });
     const below = v > (low + high) / 2 ? 14 : -5; // towards the middle, where there is room
-    write(g, name, area.right, y(v) + below, colors.text, { align: "right", alpha: 0.75 });
+    const early = Math.abs(values[0] - v) > Math.abs(values[n - 1] - v); // at the end where the curve is further away
+    write(g, name, early ? area.left + 4 : area.right, y(v) + below, colors.text, { align: early ? "left" : "right", alpha: 0.75 });
   }
   const points = values.map((v, i) => [x(i), y(v)]);
   line(g, points, { color: colors.tip, width: 2, alpha: dots ? 0.6 : 1 });

@@ -21,6 +21,7 @@ from adbook.histories import (
     load_histories,
     record,
     save_histories,
+    window_returns,
 )
 from adbook.sources import PPOConfig
 
@@ -371,6 +372,12 @@ def test_short_episodes_are_packed_and_the_rest_is_padding():
         assert np.flatnonzero(windows["starts"][i]).tolist() == [0, 3, 4, 6]
         assert windows["observations"][i, :9, 0].tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
         np.testing.assert_array_equal(windows["observations"][i, 9:], windows["observations"][i, [8] * 3])
+
+
+def test_returns_in_a_window_are_those_of_its_episodes():
+    history = make_history((3, 1, 2, 3))
+    windows = cut([history], n=5, episodes=4, every=1)
+    np.testing.assert_array_equal(window_returns(windows), np.tile(history.episode_returns, (5, 1)))
 
 
 def test_windows_follow_the_generator_and_reach_every_history():

@@ -113,6 +113,12 @@ def test_state_is_carried_over_episodes_and_steps_stop_at_the_end_of_each(played
     np.testing.assert_array_equal(np.isnan(result.rewards), np.isnan(result.actions[..., 0]))
 
 
+def test_what_was_noted_at_every_step_is_sorted_by_episode(played):
+    result, policy, _ = played
+    calls = np.tile(0.01 * np.arange(1, len(policy.fed) + 1), (3, 1))[..., None]  # what `Counter` played, call by call
+    np.testing.assert_allclose(result.by_episode(calls), result.actions, rtol=1e-6)
+
+
 def test_policy_is_fed_observation_last_reward_and_start_until_its_task_is_over_and_then_zeros(played):
     result, policy, _ = played
     observations, rewards, starts = (torch.stack(x).numpy() for x in zip(*policy.fed, strict=True))
