@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from adbook.files import write_whole
+
 if TYPE_CHECKING:
     from adbook.sources import PPOConfig
     from adbook.tasks import Task, TaskFamily
@@ -167,19 +169,11 @@ def save_histories(path: str | os.PathLike, histories: Sequence[LearningHistory]
     """
     if not histories:
         raise ValueError("no history was given; there is nothing to save")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for i, history in enumerate(histories):
         arrays |= {f"{i}/{name}": np.ascontiguousarray(array) for name, array in _stored(history).items()}
     header = {"kind": _KIND, "schema": str(SCHEMA), "json": json.dumps([h.metadata for h in histories])}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(arrays, temporary, metadata=header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, lambda file: save_file(arrays, file, metadata=header))
 
 
 def _stored(history: LearningHistory) -> dict[str, np.ndarray]:

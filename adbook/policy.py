@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adbook.files import write_whole
 from adbook.mamba import Mamba, MambaConfig
 from adbook.transformer import Transformer, TransformerConfig
 
@@ -194,12 +195,11 @@ class ADPolicy(nn.Module):
             about: what else to keep in `config.json` (data, training, machine, date).
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         described = {"schema": SCHEMA, "backbone": self.config.backbone_name, "config": asdict(self.config)}
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         config = json.dumps(described | {"about": about or {}}, indent=1)
-        _replace(path / "model.safetensors", lambda file: save_file(weights, file))
-        _replace(path / "config.json", lambda file: file.write_text(config + "\n"))
+        write_whole(path / "model.safetensors", lambda file: save_file(weights, file))
+        write_whole(path / "config.json", lambda file: file.write_text(config + "\n"))
         return path
 
     @classmethod
@@ -223,16 +223,6 @@ class ADPolicy(nn.Module):
                 "both files anew"
             ) from error
         return policy.eval()
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file under a temporary name and put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _from_hub(name: str) -> Path:

@@ -19,6 +19,7 @@ import torch
 
 from adbook import experiments
 from adbook.experiments import Profile, References, describe, evaluate, provenance, references, trained_policy
+from adbook.files import write_whole
 from adbook.histories import WindowConfig
 from adbook.policy import ADPolicy
 from adbook.transformer import TransformerConfig
@@ -108,12 +109,8 @@ def load_references(result: dict[str, Any], split: str = "test") -> References:
 
 def save_result(name: str, result: dict[str, Any], folder: str | os.PathLike = experiments.RESULTS) -> Path:
     """Write `folder/name.json`, under a temporary name first; numbers are rounded to 4 decimals."""
-    path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
-    os.replace(temporary, path)
-    return path
+    text = json.dumps(_rounded(result), separators=(",", ":")) + "\n"
+    return write_whole(Path(folder) / f"{name}.json", lambda file: file.write_text(text))
 
 
 def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> dict[str, Any]:

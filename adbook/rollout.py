@@ -26,6 +26,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adbook.files import write_whole
+
 if TYPE_CHECKING:
     import gymnasium
 
@@ -111,19 +113,11 @@ class Rollout:
         Returns:
             The path written.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         described = {"family": self.family, "split": self.split, "metadata": self.metadata}
         described["tasks"] = [asdict(task) for task in self.tasks]
         header = {"kind": _KIND, "schema": str(SCHEMA), "json": json.dumps(described)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
-            save_file(arrays, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
+        return write_whole(path, lambda file: save_file(arrays, file, metadata=header))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rollout:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adbook.files import write_whole
 from adbook.histories import Windows, content_hash
 from adbook.policy import ADPolicy
 
@@ -180,13 +181,7 @@ def _save(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ident
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": value for name, value in state.items()}
     header = {"kind": "adbook.training", "identity": identity, "log": json.dumps(asdict(log))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda file: save_file(tensors, file, metadata=header))
 
 
 def _load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> TrainingLog:
