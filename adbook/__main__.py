@@ -46,7 +46,8 @@ def ablations(options: argparse.Namespace) -> None:
     from adbook.results import ablations, save_result
 
     settings = experiments.profile(options.profile, options.family)
-    updates = options.updates or max(settings.training.updates // 2, settings.training.warmup + 1)
+    half = max(settings.training.updates // 2, settings.training.warmup + 1)
+    updates = half if options.updates is None else options.updates
     print(save_result(f"ablations-{options.family}-{options.profile}", ablations(settings, updates, options.seeds)))
 
 

@@ -53,10 +53,14 @@ def build(profile: str = "laptop", output: Path | None = None) -> Path:
         raise BookError(f"no chapters in {ROOT / 'notebooks'}: install adbook with `pip install -e .` from a clone")
     output = (output or ROOT / "_build").resolve()
     stage = output / "stage"
+    for folder, made in ((stage, "_toc.yml"), (output / "html", "objects.inv")):  # by an earlier build
+        if folder.exists() and not (folder / made).is_file():
+            raise BookError(f"{folder} is there and is no earlier build's; move it away, or choose another --output")
     shutil.rmtree(stage, ignore_errors=True)
-    execute(profile, chapters, stage / "notebooks")
-    for name in ("_config.yml", "_toc.yml"):
+    stage.mkdir(parents=True)
+    for name in ("_toc.yml", "_config.yml"):
         shutil.copy(ROOT / name, stage)
+    execute(profile, chapters, stage / "notebooks")
     shutil.copytree(ROOT / "book", stage / "book")
     return build_site(stage, output)
 

@@ -63,6 +63,10 @@ class Profile:
         for name, tasks in (("n_tasks", self.family.train_tasks), ("n_test", self.family.test_tasks)):
             if not 1 <= getattr(self, name) <= len(tasks):
                 raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {len(tasks)} for {self.family.name}")
+        if self.episodes < 1:
+            raise ValueError(f"episodes={self.episodes} must be at least 1")
+        if not self.source_seeds or len(set(self.source_seeds)) < len(self.source_seeds):
+            raise ValueError(f"source_seeds={self.source_seeds} must be different seeds, one or more")
         _ = self.policy  # its own checks
         per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
         if self.window.episodes * self.window.every > per_stream:

@@ -109,6 +109,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, E) to (B, L, E); position t sees positions up to t."""
+        check_tokens(tokens, self.config.d_model)
         if _fusible(tokens, self.A_log):
             from adbook import mamba_numba  # imported on use: numba takes a second to load
 
@@ -139,6 +140,12 @@ class MambaBlock(nn.Module):
 
     def step(self, token: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """One step: token (B, E) and the state before it to output (B, E) and a new state."""
+        fitting = (len(token), self.config.d_inner, self.config.d_state)
+        if tuple(state.ssm.shape) != fitting or state.conv.shape[2] != self.config.d_conv:
+            raise ValueError(
+                f"the state has shapes {tuple(state.ssm.shape)} and {tuple(state.conv.shape)}; {len(token)} tokens of "
+                f"this model need {fitting} and {(*fitting[:2], self.config.d_conv)}: use init_state({len(token)})"
+            )
         xz = self.in_proj(token)  # (B, 2 D)
         if not torch.is_grad_enabled() and _fusible(xz, self.A_log):
             from adbook import mamba_numba
@@ -154,6 +161,12 @@ class MambaBlock(nn.Module):
         ssm = torch.addcmul((delta * x).unsqueeze(-1) * B.unsqueeze(1), decay, state.ssm)
         y = torch.addcmul(torch.bmm(ssm, C.unsqueeze(-1)).squeeze(-1), self.D, x)
         return self.out_proj(y * F.silu(z)), BlockState(conv, ssm, state.A)
+
+
+def check_tokens(tokens: Tensor, width: int) -> None:
+    """Raise a ValueError unless tokens are (B, L, width) with at least one entry along each axis."""
+    if tokens.dim() != 3 or 0 in tokens.shape or tokens.shape[2] != width:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; needed is (batch, length, {width}), nothing empty")
 
 
 def _fusible(x: Tensor, weight: Tensor) -> bool:
@@ -200,7 +213,12 @@ class Mamba(nn.Module):
                 layer.mixer.out_proj.weight /= math.sqrt(config.n_layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, L, E) to (B, L, E); position t sees positions up to t."""
+        """Map tokens (B, L, E) to (B, L, E); position t sees positions up to t.
+
+        Raises:
+            ValueError: the tokens have another width, or an axis is missing or empty.
+        """
+        check_tokens(tokens, self.config.d_model)
         for layer in self.layers:
             tokens = layer(tokens)
         if _fusible(tokens, self.norm_f.weight):

@@ -62,8 +62,13 @@ def iqm(scores: ArrayLike) -> float | np.ndarray:
 
     Returns:
         A float, or an array of the kept axes.
+
+    Raises:
+        ValueError: There is no score, or one is NaN: sorting would drop it as if it were the best.
     """
     scores = np.asarray(scores, dtype=np.float64)
+    if not scores.size or np.isnan(scores).any():
+        raise ValueError(f"scores of shape {scores.shape} are empty or hold NaN; every run needs a score.")
     pooled = scores.reshape(-1, *scores.shape[2:])  # (S n, ...)
     cut = len(pooled) // 4
     middle = np.partition(pooled, (cut, len(pooled) - cut - 1), axis=0)[cut : len(pooled) - cut]

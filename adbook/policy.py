@@ -61,6 +61,10 @@ class PolicyConfig:
         for name in ("observation_size", "action_size", "embedding"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.action_scale < math.inf:
+            raise ValueError(f"action_scale={self.action_scale} must be a positive number")
+        if not self.log_std_min < self.log_std_max:
+            raise ValueError(f"log_std_min={self.log_std_min} must be less than log_std_max={self.log_std_max}")
 
     @property
     def backbone_name(self) -> str:

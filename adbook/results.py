@@ -34,6 +34,7 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2)) -> dict[str,
         JSON: "returns" by split and method as (seeds, tasks, episodes), "references" by split, "settings" and where it
         was made. "untrained" is the same network before training.
     """
+    _check_seeds(seeds)
     runs = [replace(settings, seed=seed) for seed in seeds]
     trained = [trained_policy(run) for run in runs]
     policies, returns = [policy for policy, _ in trained], {}
@@ -57,6 +58,7 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
         profile's own value is in the list once a factor. The test tasks are measured here and nothing is chosen by
         them.
     """
+    _check_seeds(seeds)
     rows = []
     for factor, value, changes in variants(settings):
         returns, minutes = [], []
@@ -127,6 +129,11 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
             "or bench) with the same --profile and --family"
         )
     return json.loads(path.read_text())
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers of at least 0, one or more")
 
 
 def _untrained(settings: Profile, trained: ADPolicy) -> ADPolicy:

@@ -42,6 +42,13 @@ class PPOConfig:
         for name in ("steps", "n_envs", "streams", "n_steps", "batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.learning_rate < np.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be a positive number")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
+        if not np.isfinite(self.log_std_init):
+            raise ValueError(f"log_std_init={self.log_std_init} must be a finite number")
         if self.streams > self.n_envs:
             raise ValueError(f"streams={self.streams} exceeds n_envs={self.n_envs}; record at most every environment")
         if (self.n_envs * self.n_steps) % self.batch_size:

@@ -56,7 +56,7 @@ class Task:
 def _checked_goal(goal: Goal, size: int, low: float, high: float, what: str) -> np.ndarray:
     """Return `goal` as a float64 vector, or say what is wrong with it; `low` and `high` bound its norm or value."""
     try:
-        vector = np.atleast_1d(np.asarray(goal, dtype=np.float64))
+        vector = np.atleast_1d(np.array(goal, dtype=np.float64))  # a copy: the caller's may change
     except (TypeError, ValueError):  # text, or lists of unequal lengths
         vector = np.empty(0)
     value = vector[0] if vector.size == 1 else float(np.linalg.norm(vector))

@@ -4,6 +4,7 @@ Needs no simulator: torch, numpy and a file of histories are enough. Lightning F
 several processes; with none given, one device of the fastest kind at hand is used.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -49,6 +50,14 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.warmup < self.updates:
             raise ValueError(f"warmup={self.warmup} must be at least 0 and less than updates={self.updates}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        for name in ("weight_decay", "observation_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must both be at least 0 and less than 1")
 
     def rate(self, update: int) -> float:
         """Learning rate of an update."""
@@ -156,8 +165,12 @@ def _groups(policy: nn.Module, config: TrainingConfig) -> list[dict]:
 
 
 def _digest(windows: Windows) -> list:
-    """What tells one set of histories from another, without hashing every number."""
-    return [[h.metadata, len(h.rewards), float(h.rewards.sum(dtype=np.float64))] for h in windows.histories]
+    """What tells one set of histories from another: the length of a window, and every number that is trained on."""
+    digest = hashlib.blake2b()
+    for history in windows.histories:
+        for array in (history.observations, history.actions, history.rewards):
+            digest.update(np.ascontiguousarray(array))
+    return [windows.length, [h.metadata for h in windows.histories], digest.hexdigest()]
 
 
 def _batch(windows: Windows, config: TrainingConfig, update: int, fabric: "Fabric") -> tuple[dict[str, Tensor], Tensor]:

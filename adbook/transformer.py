@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adbook.mamba import check_tokens
+
 _ROTARY_BASE = 10_000.0  # the slowest pair of a head turns once in about 2π × this many tokens
 
 
@@ -161,6 +163,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, E) to (B, L, E); position t sees positions up to t, in each layer the last W of them."""
+        check_tokens(tokens, self.config.d_model)
         length, window = tokens.shape[1], self.config.context
         rotation = _rotation(torch.arange(length), self.config.d_head, tokens)
         mask = None
@@ -183,6 +186,9 @@ class Transformer(nn.Module):
 
         Repeating it gives what `forward` gives.  The caches are updated in place: do not use the old state again.
         """
+        batch = len(state.caches[0].keys)
+        if len(token) != batch:
+            raise ValueError(f"the state is one of {batch} sequences and got {len(token)} tokens; use init_state anew")
         rotation = _rotation(torch.tensor([state.position]), self.config.d_head, token)
         for layer, cache in zip(self.layers, state.caches, strict=True):
             token = layer.step(token, rotation, state.position, cache)

@@ -19,7 +19,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from playwright.sync_api import expect
 
-from adbook.book import BookError, build_site, execute, tidy
+from adbook.book import BookError, build, build_site, execute, tidy
 from adbook.experiments import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +125,15 @@ def test_a_warning_of_sphinx_fails_the_build_and_keeps_the_old_site(tmp_path):
     with pytest.raises(BookError, match="nowhere"):
         build_site(stage, tmp_path)
     assert old.read_text() == "old"
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    thesis = tmp_path / "html" / "thesis"
+    thesis.parent.mkdir()
+    thesis.touch()
+    with pytest.raises(BookError, match=r"html is there and is no earlier build's"):
+        build("smoke", tmp_path)
+    assert list(tmp_path.rglob("*")) == [thesis.parent, thesis]
 
 
 CHART = {"text/html": '<div class="plotly-graph-div"></div>'}

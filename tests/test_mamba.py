@@ -184,3 +184,18 @@ def test_narrow_and_wide_weights_take_the_plain_path():
 def test_a_config_is_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         MambaConfig(**changes)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 0, 16), (0, 5, 16), (5, 16)])
+def test_tokens_of_another_shape_are_refused_before_memory_is_touched(shape):
+    model = Mamba(MambaConfig(d_model=16, n_layers=1))
+    for takes in (model, model.layers[0].mixer):
+        with pytest.raises(ValueError, match=r"tokens have shape .*needed is \(batch, length, 16\)"):
+            takes(torch.randn(shape))
+
+
+def test_a_foreign_state_is_refused():
+    model, other = (Mamba(MambaConfig(d_model=16, n_layers=1, d_state=n)) for n in (16, 64))
+    for state in (other.init_state(2), model.init_state(3)):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"state has shapes .*use init_state\(2\)"):
+            model.step(torch.randn(2, 16), state)

@@ -106,7 +106,12 @@ def other_histories(policy, windows, config):
     return policy, make_windows(shift=0.5), config
 
 
-@pytest.mark.parametrize("change", [other_seed, other_model, other_histories])
+def mirrored_histories(policy, windows, config):
+    mirrored = [replace(history, actions=-history.actions) for history in windows.histories]
+    return policy, Windows(mirrored, windows.config, horizon=3), config
+
+
+@pytest.mark.parametrize("change", [other_seed, other_model, other_histories, mirrored_histories])
 def test_a_checkpoint_of_something_else_is_refused_and_left_alone(change, tmp_path):
     checkpoint = tmp_path / "state.safetensors"
     train(make_policy(), make_windows(), SHORT, checkpoint=checkpoint, progress=False)
