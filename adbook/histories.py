@@ -199,9 +199,9 @@ def load_histories(path: str | os.PathLike) -> list[LearningHistory]:
         with safe_open(path, framework="numpy") as file:
             metadata = _read_header(path, file.metadata() or {})
             return [_restored(file, i, m) for i, m in enumerate(metadata)]
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError, KeyError, IndexError) as error:
         raise HistoryFileError(
-            f"{path} is truncated or not a history file ({error}); delete it and record it again"
+            f"{path} is truncated, damaged or not a history file ({error!r}); delete it and record it again"
         ) from error
 
 

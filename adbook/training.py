@@ -203,17 +203,25 @@ def _load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ident
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to train from the start") from error
+        raise _damaged(path, error) from error
     if header.get("kind") != "adbook.training" or header.get("identity") != identity:
         raise ValueError(
             f"{path} is a checkpoint of another model, configuration or set of histories; give another file, or "
             "delete it to train from the start"
         )
-    policy.load_state_dict({n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")})
     state = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, i, key = name.split("/")
             state.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return TrainingLog(**json.loads(header["log"]))
+    try:
+        log = TrainingLog(**json.loads(header["log"]))
+        policy.load_state_dict({n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise _damaged(path, error) from error
+    return log
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error!r}); delete it to train from the start")

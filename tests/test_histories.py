@@ -164,7 +164,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
     with pytest.raises(HistoryFileError, match=r"weights\.safetensors is not a file of learning histories"):
         load_histories(path)
     path.write_text("episode,return\n1,-12.0\n" * 10)
-    with pytest.raises(HistoryFileError, match=r"weights\.safetensors is truncated or not a history file"):
+    with pytest.raises(HistoryFileError, match=r"weights\.safetensors is truncated, damaged or not a history file"):
         load_histories(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.*record them with"):
         load_histories(tmp_path / "nowhere")
@@ -182,6 +182,14 @@ def test_another_schema_names_both_versions(tmp_path):
     rewrite(path, schema="99")
     message = rf"old\.safetensors has schema version 99, this version reads {SCHEMA}; record"
     with pytest.raises(HistoryFileError, match=message):
+        load_histories(path)
+
+
+@pytest.mark.parametrize("damage", [{"json": "[{"}, {"json": '[{"task": "toy"}, {"task": "two"}]'}])
+def test_a_header_that_does_not_fit_is_refused_by_name(damage, tmp_path):
+    path = make_history().save(tmp_path / "h.safetensors")
+    rewrite(path, **damage)
+    with pytest.raises(HistoryFileError, match=r"h\.safetensors is truncated, damaged or.*delete it"):
         load_histories(path)
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from adbook.histories import LearningHistory, WindowConfig, Windows
 from adbook.mamba import MambaConfig
@@ -125,6 +126,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     checkpoint = tmp_path / "state.safetensors"
     train(make_policy(), make_windows(), SHORT, checkpoint=checkpoint, progress=False)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*delete it"):
+        train(make_policy(), make_windows(), SHORT, checkpoint=checkpoint, progress=False)
+
+
+def test_a_checkpoint_with_a_missing_part_is_refused_by_name(tmp_path):
+    checkpoint = tmp_path / "state.safetensors"
+    train(make_policy(), make_windows(), SHORT, checkpoint=checkpoint, progress=False)
+    with safe_open(checkpoint, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(checkpoint)
+    tensors.pop("policy/head.weight")
+    save_file(tensors, checkpoint, metadata=header)
     with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*delete it"):
         train(make_policy(), make_windows(), SHORT, checkpoint=checkpoint, progress=False)
 
