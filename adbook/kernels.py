@@ -79,7 +79,7 @@ def _step_sizes(delta, bias, u, softplus, dt, dtu):
 
 
 @_kernel
-def scan(tasks, initial, u, delta, bias, softplus, a2, bc, skip, z, z_at, gated, out, ungated, stored, last):
+def scan(tasks, u, delta, bias, softplus, a2, initial, bc, skip, z, z_at, gated, out, ungated, stored, last):
     """Scan from the states `initial` (B, N, D); a task is (b, lo, hi, column of B in `bc`, column of C, part).
 
     `a2` (N, D) is A log2(e), and `z` holds the gate from column `z_at` on.  `ungated` (B, L, D) and `stored`
@@ -158,10 +158,13 @@ def _retreat(dt, dtu, a, b_t, c_t, h, decay, h_next, d_y, d_h, d_dt, d_dtu, d_a,
 
 @_kernel
 def scan_adjoint(
-    tasks, u, delta, bias, softplus, a2, bc, skip, z, z_at, gated, ungated, stored, d_out, d_last,
-    d_u, d_delta, d_bias, d_a, d_bc, d_skip, d_z,
+    tasks, u, delta, bias, softplus, a2, initial, bc, skip, z, z_at, gated, ungated, stored, d_out, d_last,
+    d_u, d_delta, d_bias, d_a, d_initial, d_bc, d_skip, d_z,
 ):  # fmt: skip
-    """Gradients of `scan`; those of a, bias and skip for each b, those of B and C for each part."""
+    """Gradients of `scan`; those of a, bias and skip for each b, those of B and C for each part.
+
+    `initial` is not read: `stored` begins with it.
+    """
     n_state = a2.shape[0]
     for b, lo, hi, b_at, c_at, part in tasks:
         width = hi - lo
@@ -205,6 +208,7 @@ def scan_adjoint(
                     ddelta_t[d] = g
                     sum_bias[d] += g
         d_a[b, :, lo:hi] = sum_a
+        d_initial[b, :, lo:hi] = d_h
         d_bias[b, lo:hi] = sum_bias
         d_skip[b, lo:hi] = sum_skip
 

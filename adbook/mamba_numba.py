@@ -61,10 +61,10 @@ class _Layer(torch.autograd.Function):
         xz, projected = (tokens.new_empty(batch, length, len(x)) for x in (w.in_proj, w.x_proj))
         x, delta = tokens.new_empty(2, batch, length, inner)
         out = torch.empty_like(tokens)
-        inputs = ScanInputs(x, delta, w.dt_bias, True, w.A, projected, rank, 1, w.D, xz, inner)
+        inputs = ScanInputs(x, delta, w.dt_bias, True, w.A, None, projected, rank, 1, w.D, xz, inner)
         made = ScanOutputs.empty(inputs, any(ctx.needs_input_grad))
         conv = arrays_of(xz, w.taps(), w.conv_bias, x)
-        scan = (np.zeros(made.last.shape, np.float32), *inputs.arrays(), *arrays_of(*made))
+        scan = *inputs.arrays(), *arrays_of(*made)
 
         def work(piece: _Piece) -> None:
             if w.norm is not None:
@@ -91,7 +91,7 @@ class _Layer(torch.autograd.Function):
         w = _Weights(*ctx.saved_tensors[:count])
         tokens, normed, xz, x, projected, delta, y, ungated, stored = ctx.saved_tensors[count:]
         inner, rank = w.dt_proj.shape
-        inputs = ScanInputs(x, delta, w.dt_bias, True, w.A, projected, rank, 1, w.D, xz, inner)
+        inputs = ScanInputs(x, delta, w.dt_bias, True, w.A, None, projected, rank, 1, w.D, xz, inner)
         g, pieces, taps = ScanGradients.empty(inputs), _pieces(inputs), w.taps()
         d_out, d_tokens, d_y = d_out.contiguous(), torch.empty_like(tokens), torch.empty_like(y)
         d_normed = d_tokens if w.norm is None else torch.empty_like(tokens)
@@ -180,13 +180,14 @@ def step(xz: Tensor, conv: Tensor, ssm: Tensor, A: Tensor, block: nn.Module) -> 
     kernels.conv_silu(tasks, *arrays_of(conv, taps, block.conv1d.bias, x))
     projected = block.x_proj(x)  # (B, 1, R + 2 N)
     delta = F.linear(projected[..., : block.config.rank], block.dt_proj.weight)
+    before = ssm.transpose(1, 2)  # (B, N, D)
     inputs = ScanInputs(
-        x, delta, block.dt_proj.bias, True, A, projected, block.config.rank, 1, block.D, xz.unsqueeze(1), width
+        x, delta, block.dt_proj.bias, True, A, before, projected, block.config.rank, 1, block.D, xz.unsqueeze(1), width
     )
-    after = torch.empty_like(ssm.transpose(1, 2))  # (B, N, D)
+    after = torch.empty_like(before)
     nothing = xz.new_empty(len(xz), 0, A.shape[1], width)
     made = arrays_of(y, torch.empty_like(y), nothing, after)
-    kernels.scan(tasks, ssm.transpose(1, 2).numpy(), *inputs.arrays(), *made)
+    kernels.scan(tasks, *inputs.arrays(), *made)
     return y.squeeze(1), conv.transpose(1, 2), after.transpose(1, 2)
 
 

@@ -100,6 +100,7 @@ class ScanInputs(NamedTuple):
     bias: Tensor  # (D,), added to delta
     softplus: bool
     A: Tensor  # (D, N)
+    initial: Tensor | None  # (B, N, D), the state before the first step; None for zeros
     bc: Tensor  # (B, L, first + 2 G N): from column `first` on, B of every group, then C of every group
     first: int
     groups: int
@@ -111,8 +112,9 @@ class ScanInputs(NamedTuple):
         """The arguments as the compiled loops take them."""
         z = self.u if self.z is None else self.z
         a2 = np.ascontiguousarray(self.A.detach().numpy().T) * kernels.LOG2E  # (N, D): exp(Δ A) = 2**(Δ a2)
-        u, delta, bias, bc, skip, z = arrays_of(self.u, self.delta, self.bias, self.bc, self.skip, z)
-        return u, delta, bias, self.softplus, a2, bc, skip, z, self.z_at, self.z is not None
+        initial = self.u.new_zeros(len(self.u), *a2.shape) if self.initial is None else self.initial
+        u, delta, bias, initial, bc, skip, z = arrays_of(self.u, self.delta, self.bias, initial, self.bc, self.skip, z)
+        return u, delta, bias, self.softplus, a2, initial, bc, skip, z, self.z_at, self.z is not None
 
     def tasks(self) -> np.ndarray:
         """The split of the work."""
@@ -144,6 +146,7 @@ class ScanGradients(NamedTuple):
     delta: Tensor  # (B, L, D)
     bias: Tensor  # (B, D)
     A: Tensor  # (B, N, D)
+    initial: Tensor  # (B, N, D)
     bc: Tensor  # (parts, B, L, first + 2 G N); columns before `first` are not filled
     skip: Tensor  # (B, D)
     z: Tensor  # as ScanInputs.z; columns before `z_at` are not filled
@@ -154,9 +157,10 @@ class ScanGradients(NamedTuple):
         (batch, _, channels), n_state = x.u.shape, x.A.shape[1]
         parts = int(x.tasks()[:, 5].max()) + 1
         bias, skip = x.u.new_empty(2, batch, channels)
-        A, bc = x.u.new_empty(batch, n_state, channels), x.u.new_empty(parts, *x.bc.shape)
-        d_u = torch.empty_like(x.u)
-        return cls(d_u, torch.empty_like(x.u), bias, A, bc, skip, d_u if x.z is None else torch.empty_like(x.z))
+        A, initial = x.u.new_empty(2, batch, n_state, channels)
+        d_u, bc = torch.empty_like(x.u), x.u.new_empty(parts, *x.bc.shape)
+        d_z = d_u if x.z is None else torch.empty_like(x.z)
+        return cls(d_u, torch.empty_like(x.u), bias, A, initial, bc, skip, d_z)
 
 
 def arrays_of(*tensors: Tensor) -> tuple[np.ndarray, ...]:
@@ -169,8 +173,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, *inputs):
         x = ScanInputs(*inputs)
         made = ScanOutputs.empty(x, any(ctx.needs_input_grad))
-        initial = torch.zeros_like(made.last)
-        run(kernels.scan, x.tasks(), initial.numpy(), *x.arrays(), *arrays_of(*made))
+        run(kernels.scan, x.tasks(), *x.arrays(), *arrays_of(*made))
         ctx.save_for_backward(x.u, x.delta, x.bias, x.A, x.bc, x.skip, x.z, made.ungated, made.stored)
         ctx.constants = x.softplus, x.first, x.groups, x.z_at
         return made.out, made.last
@@ -180,23 +183,26 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, d_out, d_last):
         u, delta, bias, A, bc, skip, z, ungated, stored = ctx.saved_tensors
         softplus, first, groups, z_at = ctx.constants
-        x = ScanInputs(u, delta, bias, softplus, A, bc, first, groups, skip, z, z_at)
+        x = ScanInputs(u, delta, bias, softplus, A, None, bc, first, groups, skip, z, z_at)  # `stored` has the initial
         g = ScanGradients.empty(x)
         given = arrays_of(ungated, stored, d_out.contiguous(), d_last.contiguous())
         run(kernels.scan_adjoint, x.tasks(), *x.arrays(), *given, *arrays_of(*g))
         d_z = None if z is None else g.z
-        return g.u, g.delta, g.bias.sum(0), None, g.A.sum(0).T, g.bc.sum(0), None, None, g.skip.sum(0), d_z, None
+        d_A, d_bc, d_initial = g.A.sum(0).T, g.bc.sum(0), g.initial if ctx.needs_input_grad[5] else None
+        return g.u, g.delta, g.bias.sum(0), None, d_A, d_initial, d_bc, None, None, g.skip.sum(0), d_z, None
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool) -> tuple[Tensor, Tensor]:
+def scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, initial_state) -> tuple[Tensor, Tensor]:
     """The backend of `selective_scan`: rows u, delta, z (B, L, D), A (D, N), B and C (B, G, N, L); float32.
 
-    D, z and delta_bias may be None.  Returns the output (B, L, D) and the last state (B, D, N).
+    D, z, delta_bias and initial_state (B, D, N) may be None.  Returns the output (B, L, D) and the last state
+    (B, D, N).
     """
     zeros = u.new_zeros(u.shape[2])
     bc = torch.cat([B.flatten(1, 2), C.flatten(1, 2)], 1).transpose(1, 2).contiguous()  # (B, L, 2 G N)
+    initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
     out, last = _Scan.apply(
         u.contiguous(), delta.contiguous(), zeros if delta_bias is None else delta_bias.contiguous(), softplus,
-        A, bc, 0, B.shape[1], zeros if D is None else D.contiguous(), None if z is None else z.contiguous(), 0,
+        A, initial, bc, 0, B.shape[1], zeros if D is None else D.contiguous(), None if z is None else z.contiguous(), 0,
     )  # fmt: skip
     return out, last.transpose(1, 2)

@@ -11,54 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scan_cases import ROUNDING, assert_close, case, differentiate, longest_sum
 
+import adbook.scan
 from adbook.scan import backends, selective_scan
 
-BACKENDS = list(backends())
-ROUNDING = 2.0**-24  # of float32: the relative error of one operation
-
-
-def case(length, channels=9, n_state=5, batch=2, b="step", c="step", full=True, seed=0):
-    """Arguments of a scan in float64, rounded to float32 so that every dtype starts from the same numbers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).double()
-
-    forms = {"step": (batch, n_state, length), "group": (batch, 3, n_state, length), "constant": (channels, n_state)}
-    arguments = {
-        "u": normal(batch, channels, length),
-        "delta": normal(batch, channels, length) - 1 if full else normal(batch, channels, length).abs() / 8,
-        "A": -4 * torch.rand(channels, n_state, generator=generator).double(),
-        "B": normal(*forms[b]),
-        "C": normal(*forms[c]),
-    }
-    if full:
-        arguments |= {"D": normal(channels), "z": normal(batch, channels, length), "delta_bias": normal(channels)}
-    return arguments
-
-
-def differentiate(arguments, backend, dtype, softplus):
-    """Output, last state and the gradient of every argument, for a fixed random weighting of both results."""
-    arguments = {name: x.to(dtype).requires_grad_() for name, x in arguments.items()}
-    out, last = selective_scan(**arguments, delta_softplus=softplus, return_last_state=True, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in (out, last))
-    gradients = torch.autograd.grad(loss, list(arguments.values()))
-    return {"out": out.detach(), "last": last.detach(), **dict(zip(arguments, gradients, strict=True))}
-
-
-def assert_close(got, expected, tolerance):
-    """Compare relative to each result's largest entry: rounding errors of a sum scale with its largest terms."""
-    for name, x in expected.items():
-        error = (got[name].double() - x).abs().max() / x.abs().max().clamp(min=1e-30)
-        assert error < tolerance, f"{name}: {error:.1e} > {tolerance:.1e}"
-
-
-def longest_sum(arguments):
-    """Terms of the longest sum in values or gradients: over batch and steps (A, D), or over channels (B, C)."""
-    batch, channels, length = arguments["u"].shape
-    return batch * length + channels + arguments["A"].shape[1]
+BACKENDS = ["reference", "torch", "numba"]  # those of a CPU; the others: test_scan_triton.py, tests/parity
 
 
 def test_reference_is_the_recurrence_written_out():
@@ -79,7 +37,9 @@ def test_reference_is_the_recurrence_written_out():
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(("b", "c"), [("step", "step"), ("group", "constant"), ("constant", "group")])
 def test_gradients_are_those_of_finite_differences(backend, b, c):
-    x = case(length=34, channels=3, n_state=2, batch=1, b=b, c=c)  # one step past the 32 of a block, twice
+    x = case(
+        length=34, channels=3, n_state=2, batch=1, b=b, c=c, initial=True
+    )  # one step past the 32 of a block, twice
 
     def scan(*tensors):
         arguments = dict(zip(x, tensors, strict=True))
@@ -93,7 +53,7 @@ def test_gradients_are_those_of_finite_differences(backend, b, c):
 @pytest.mark.parametrize(("b", "c"), [("step", "step"), ("group", "step"), ("constant", "step"), ("group", "constant")])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 def test_backends_agree_with_the_float64_reference(backend, full, b, c, length):
-    x = case(length, b=b, c=c, full=full)
+    x = case(length, b=b, c=c, full=full, initial=full)
     expected = differentiate(x, "reference", torch.float64, full)
     assert_close(differentiate(x, backend, torch.float32, full), expected, longest_sum(x) * ROUNDING)
     if backend == "torch":
@@ -120,13 +80,22 @@ def test_narrow_inputs_are_accumulated_in_float32(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_order_does_not_matter(backend):
-    x = {name: value.float() for name, value in case(33).items()}
-    turned = {name: v.transpose(0, -1).contiguous().transpose(0, -1) for name, v in x.items()}
-    assert not turned["u"].is_contiguous()
-    expected = selective_scan(**x, delta_softplus=True, backend=backend)
-    got = selective_scan(**turned, delta_softplus=True, backend=backend)
-    assert_close({"out": got}, {"out": expected}, longest_sum(x) * ROUNDING)  # sums may run in another order
+def test_a_scan_in_pieces_is_the_whole_scan(backend):
+    x = case(70, initial=True)
+    whole = differentiate(x, "reference", torch.float64)
+    cuts = [(0, 1), (1, 33), (33, 70)]
+
+    def in_pieces(**arguments):
+        state, outs = arguments.pop("initial_state"), []
+        for lo, hi in cuts:
+            piece = {name: v[..., lo:hi] if v.shape[-1] == 70 else v for name, v in arguments.items()}
+            out, state = selective_scan(
+                **piece, delta_softplus=True, return_last_state=True, backend=backend, initial_state=state
+            )
+            outs.append(out)
+        return torch.cat(outs, -1), state
+
+    assert_close(differentiate(x, in_pieces, torch.float32), whole, longest_sum(x) * ROUNDING)
 
 
 @settings(max_examples=30, deadline=None)
@@ -148,6 +117,37 @@ def test_any_shape(shape, forms, seed, full, backend):
     size = selective_scan(**positive, delta_softplus=full, backend="reference")
     size = size * (x["z"].abs() if full else 1)
     assert ((got - expected).abs() <= 8 * (length + n_state) * ROUNDING * size).all()
+
+
+def laid_out(x, order, gap):
+    """The same numbers, with the axes in memory in another order, and every number followed by `gap` others."""
+    order = sorted(range(x.dim()), key=lambda axis: order[axis])
+    room = torch.zeros(*[x.shape[axis] for axis in order], 1 + gap, dtype=x.dtype)
+    room[..., 0] = x.permute(order)
+    return room[..., 0].permute([order.index(axis) for axis in range(x.dim())])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 6), st.integers(1, 3)),
+    forms=st.tuples(*[st.sampled_from(["step", "group", "constant"])] * 2),
+    order=st.permutations(range(4)),
+    gap=st.integers(0, 1),
+    full=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    backend=st.sampled_from(["torch", "numba"]),
+)
+def test_gradients_for_any_shape_stride_and_dtype(shape, forms, order, gap, full, dtype, backend):
+    length, thirds, n_state, batch = shape
+    x = {k: v.to(dtype) for k, v in case(length, 3 * thirds, n_state, batch, *forms, full=full, initial=full).items()}
+    expected = differentiate(x, "reference", torch.float64, full)
+    got = differentiate({k: laid_out(v, order, gap) for k, v in x.items()}, backend, softplus=full)
+    assert {v.dtype for k, v in got.items() if k != "last"} == {dtype}
+    # Some forty roundings lie on the way to each number, and then those of the sums; the incoming gradients are
+    # rounded to `dtype` as the results are.
+    assert_close(
+        got, expected, (40 + longest_sum(x)) * ROUNDING if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    )
 
 
 def test_numba_softplus_is_accurate_from_tiny_to_large():
@@ -221,6 +221,26 @@ def test_numba_after_a_fork():
     assert child.exitcode == 0
 
 
+class _Scans(torch.utils.data.Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return selective_scan(**self.x, backend="numba") + i
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_numba_in_the_workers_of_a_data_loader():
+    x = {name: value.float() for name, value in case(40, batch=4, full=False).items()}
+    expected = selective_scan(**x, backend="numba")  # starts this process' own threads
+    loader = torch.utils.data.DataLoader(_Scans(x), batch_size=None, num_workers=2, timeout=60)
+    for i, got in enumerate(loader):
+        assert torch.equal(got, expected + i)
+
+
 def test_automatic_choice():
     def bits(backend, **changes):
         return selective_scan(**{k: v.float() for k, v in case(40, full=False).items()} | changes, backend=backend)
@@ -232,6 +252,21 @@ def test_automatic_choice():
     assert torch.equal(selective_scan(**double), selective_scan(**double, backend="torch"))
 
 
+def test_backends_say_why_they_cannot_be_used(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(adbook.scan, "_is_installed", lambda module: module == "mamba_ssm")
+    reasons = backends()
+    assert list(reasons) == ["reference", "torch", "numba", "triton", "mamba_ssm"]
+    assert reasons["reference"] is reasons["torch"] is None
+    assert reasons["numba"] == "numba is not installed"
+    assert "triton is not installed" in reasons["triton"]
+    assert "without its Mamba-1 kernel" in reasons["mamba_ssm"]
+    assert selective_scan(**{k: v.float() for k, v in case(3).items()}).shape == (2, 9, 3)  # auto takes "torch"
+    monkeypatch.setattr(adbook.scan, "_is_installed", lambda module: True)
+    assert [("no GPU" in str(backends()[name])) for name in ("numba", "triton", "mamba_ssm")] == [False, True, True]
+
+
 def test_numba_is_loaded_only_when_used():
     code = "import sys, adbook.scan, adbook.mamba, adbook.transformer; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -240,8 +275,13 @@ def test_numba_is_loaded_only_when_used():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, r"'cuda' is unknown; choose one of auto, reference, torch, numba"),
-        ({"A": torch.zeros(9, 5, dtype=torch.complex64)}, "A is complex"),
+        ({"backend": "cuda"}, r"'cuda' is unknown; choose one of auto, reference, torch, numba, triton, mamba_ssm"),
+        ({"A": torch.zeros(9, 5, dtype=torch.complex64)}, "A is complex; only real numbers are supported"),
+        ({"B": torch.zeros(2, 5, 12, dtype=torch.complex64)}, "B is complex"),
+        ({"u": torch.zeros(2, 9, 12, dtype=torch.int64)}, r"u has dtype torch.int64; .*use u.float\(\)"),
+        ({"z": torch.zeros(2, 9, 12, device="meta")}, "z is on meta and u on cpu; move all tensors to one device"),
+        ({"initial_state": torch.zeros(2, 5, 9)}, r"initial_state has shape \(2, 5, 9\); u and A need \(2, 9, 5\)"),
+        ({"backend": "mamba_ssm"}, "it runs on the GPU and the tensors are on cpu; use 'auto' or 'torch'"),
         ({"A": torch.zeros(8, 5)}, r"A has shape \(8, 5\); u's 9 channels need \(9, states\)"),
         ({"u": torch.zeros(2, 9, 0)}, "three non-empty axes"),
         ({"delta": torch.zeros(2, 9, 11)}, r"delta has shape \(2, 9, 11\).*need \(2, 9, 12\)"),
