@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -21,6 +22,9 @@ BROWSER_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def smoke_book(tmp_path_factory) -> BuiltBook:
     """The book in the smoke profile, made from nothing, in a folder apart from the reader's own runs."""
     folder = tmp_path_factory.mktemp("book")
     command = [sys.executable, "-m", "adbook", "book", "--profile", "smoke", "--output", folder]
-    environment = os.environ | {"ADBOOK_RUNS": str(folder / "runs")}
+    environment = os.environ | {"ADBOOK_RUNS": str(folder / "runs"), "TRITON_INTERPRET": "0"}
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout)
