@@ -15,11 +15,12 @@ ifeq ($(filter $(PROFILE),smoke laptop paper),)
 $(error unknown PROFILE '$(PROFILE)'; choose one of: smoke, laptop, paper)
 endif
 
-.PHONY: help book test lab clean
+.PHONY: help book test parity lab clean
 
 help:
 	@echo "make book [PROFILE=smoke|laptop|paper]  run every chapter and build the book in _build/html"
 	@echo "make test                               lint, then every test, the smoke book among them"
+	@echo "make parity                             compare the scan and the block with mamba-ssm itself (Linux)"
 	@echo "make lab                                open the chapters in JupyterLab"
 	@echo "make clean                              remove the built book and caches; runs/ and .venv stay"
 
@@ -30,6 +31,9 @@ test: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest
+
+parity: .parity/.ready
+	@PYTHONPATH=.parity $(BIN)/python -m pytest tests/parity_mamba_ssm.py
 
 lab: $(READY)
 	@$(BIN)/jupyter lab notebooks
@@ -54,3 +58,12 @@ $(BIN)/python:
 	  echo "Install one, and name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear .venv || { rm -f $@; exit 1; }
+
+# mamba-ssm builds against the PyTorch that is there, here without its CUDA kernels.
+.parity/.ready: requirements-parity.txt $(READY)
+	@echo "Installing mamba-ssm, without kernels, into .parity"
+	@rm -rf .parity
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --target .parity packaging setuptools wheel
+	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE PYTHONPATH=.parity $(BIN)/python -m pip install -qq \
+	  --disable-pip-version-check --no-deps --no-build-isolation --target .parity -r requirements-parity.txt
+	@touch $@
