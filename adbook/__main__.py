@@ -61,7 +61,8 @@ def bench(options: argparse.Namespace) -> None:
         raise ValueError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(bench.BENCHMARKS)}")
     for name in options.names or bench.BENCHMARKS:
         measured = bench.BENCHMARKS[name]() | {"made": experiments.provenance()}
-        print(name, {key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()})
+        plain = {key: value for key, value in measured.items() if not isinstance(value, dict)}
+        print(name, {key: round(value, 3) if isinstance(value, float) else value for key, value in plain.items()})
         print(save_result(name, measured, experiments.RESULTS / "bench"))
 
 
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         if run is ablations:
             command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
-    command.add_argument("names", nargs="*", metavar="NAME", help="training, rollout or sources (default: all)")
+    command.add_argument("names", nargs="*", metavar="NAME", help="scan, training, rollout or sources (default: all)")
     command.set_defaults(run=bench)
     return parser
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adbook.bench_scan import bench_scan, mambapy_scan
 from adbook.experiments import evaluate, profile
 from adbook.mamba import Mamba, MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig, PolicyState
@@ -35,7 +36,7 @@ def bench_training(rounds: int = 5) -> dict[str, float | int | str]:
     Raises:
         ModuleNotFoundError: if mambapy is not installed; the message says how to.
     """
-    scan = _mambapy_scan()
+    scan = mambapy_scan()
     config = MambaConfig(d_model=64, n_layers=4, d_state=16)
     torch.manual_seed(0)
     ours = _training_step(Mamba(config))
@@ -83,7 +84,7 @@ def bench_sources() -> dict[str, float | int]:
     return {"steps_per_second": settings.source.steps / (time.perf_counter() - start), "cores": 1}
 
 
-BENCHMARKS = {"training": bench_training, "rollout": bench_rollout, "sources": bench_sources}
+BENCHMARKS = {"scan": bench_scan, "training": bench_training, "rollout": bench_rollout, "sources": bench_sources}
 
 
 class _Timed(ADPolicy):
@@ -128,24 +129,3 @@ def _with_scan(model: Mamba, scan: Callable[..., Tensor]) -> Mamba:
     for layer in model.layers:
         layer.forward = partial(forward, layer)
     return model
-
-
-def _mambapy_scan() -> Callable[..., Tensor]:
-    """The parallel scan of mambapy with the interface of `selective_scan`, used as its own `MambaBlock` does."""
-    try:
-        from mambapy.pscan import pscan
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "this benchmark compares with mambapy, which is not installed; "
-            "install it with: pip install mambapy==1.2.0 --no-deps"
-        ) from error
-
-    def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-        x, delta, B, C = (y.transpose(1, 2) for y in (u, delta, B, C))  # rows, as mambapy has them
-        delta = torch.nn.functional.softplus(delta + delta_bias)
-        decay = torch.exp(delta.unsqueeze(-1) * A)  # (B, L, D, N)
-        kicks = (delta * x).unsqueeze(-1) * B.unsqueeze(2)
-        y = (pscan(decay, kicks) @ C.unsqueeze(-1)).squeeze(-1) + D * x  # (B, L, D)
-        return y.transpose(1, 2) * torch.nn.functional.silu(z)
-
-    return scan

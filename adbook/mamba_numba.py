@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adbook import kernels
-from adbook.scan_numba import ScanGradients, ScanInputs, ScanOutputs, arrays_of, run, share, split
+from adbook.scan_numba import ScanGradients, ScanInputs, ScanOutputs, arrays_of, run, share, split, total
 
 _TOKENS = 1024  # tokens in one piece of the batch, at least a sequence
 _NORM_ROWS = 512  # rows in one task of the final norm
@@ -126,9 +126,9 @@ class _Layer(torch.autograd.Function):
 
         share(work, pieces)
         return (
-            d_tokens, None, None if w.norm is None else _total(d_norm), _total(d_in_proj), _total(d_taps).T[:, None],
-            _total(d_conv_bias), _total(d_x_proj), _total(d_dt_proj).T, _total(g.bias), _total(g.A).T, _total(g.skip),
-            _total(d_out_proj),
+            d_tokens, None, None if w.norm is None else total(d_norm), total(d_in_proj), total(d_taps).T[:, None],
+            total(d_conv_bias), total(d_x_proj), total(d_dt_proj).T, total(g.bias), total(g.A).T, total(g.skip),
+            total(d_out_proj),
         )  # fmt: skip
 
 
@@ -159,11 +159,6 @@ def _pieces(x: ScanInputs) -> list[_Piece]:
 def _matrix(x: Tensor) -> Tensor:
     """(B, L, E) as (tokens, E)."""
     return x.flatten(0, 1)
-
-
-def _total(parts: Tensor) -> Tensor:
-    """The sum over the first axis, by numpy for the sake of torch's threads (see above)."""
-    return torch.from_numpy(parts.numpy().sum(0))
 
 
 def step(xz: Tensor, conv: Tensor, ssm: Tensor, A: Tensor, block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

@@ -217,15 +217,13 @@ def _numba(
 ) -> tuple[Tensor, Tensor]:
     from adbook import scan_numba
 
-    rows = [None if x is None else x.transpose(1, 2) for x in (u, delta, z)]
     if B.dim() == 2 or C.dim() == 2:
         B, C = (per_channel(x, u).expand(-1, -1, -1, u.shape[2]) for x in (B, C))
     else:
         B, C = grouped(B), grouped(C)
         groups = math.lcm(B.shape[1], C.shape[1])  # the compiled loop wants the same groups for both
-        B, C = (x.repeat_interleave(groups // x.shape[1], 1) for x in (B, C))
-    out, last = scan_numba.scan(rows[0], rows[1], A, B, C, D, rows[2], delta_bias, softplus, initial_state)
-    return out.transpose(1, 2), last
+        B, C = (x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (B, C))
+    return scan_numba.scan(u, delta, A, B, C, D, z, delta_bias, softplus, initial_state)
 
 
 def _triton(**arguments) -> tuple[Tensor, Tensor]:

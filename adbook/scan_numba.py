@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from adbook import kernels
 
+_COPIED = 1024  # rows of a matrix that are copied at a time
 _FEW = 4  # tasks to aim at for a small batch, so that some threads have something to do
 
 
@@ -112,7 +113,7 @@ class ScanInputs(NamedTuple):
         """The arguments as the compiled loops take them."""
         z = self.u if self.z is None else self.z
         a2 = np.ascontiguousarray(self.A.detach().numpy().T) * kernels.LOG2E  # (N, D): exp(Δ A) = 2**(Δ a2)
-        initial = self.u.new_zeros(len(self.u), *a2.shape) if self.initial is None else self.initial
+        initial = zeros(len(self.u), *a2.shape) if self.initial is None else self.initial
         u, delta, bias, initial, bc, skip, z = arrays_of(self.u, self.delta, self.bias, initial, self.bc, self.skip, z)
         return u, delta, bias, self.softplus, a2, initial, bc, skip, z, self.z_at, self.z is not None
 
@@ -168,41 +169,79 @@ def arrays_of(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(x.detach().numpy() for x in tensors)
 
 
+# Around the loops, torch's operations on large tensors are avoided: they wake threads of its own, which afterwards stay
+# busy waiting for milliseconds and take the processor from those that work here.
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over the first axis."""
+    return torch.from_numpy(x.numpy().sum(0))
+
+
+def zeros(*shape: int) -> Tensor:
+    """Zeros in float32."""
+    return torch.from_numpy(np.zeros(shape, np.float32))
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second (B, X, Y) to the first."""
+    pieces = [
+        (to[b, lo : lo + _COPIED], x[b, lo : lo + _COPIED])
+        for to, x in pairs
+        for b in range(len(x))
+        for lo in range(0, x.shape[1], _COPIED)
+    ]
+    share(lambda piece: piece[0].copy_(piece[1]), pieces)
+
+
+def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors (B, D, L) as contiguous (B, L, D)."""
+    turned = [None if x is None else x.detach().transpose(1, 2) for x in tensors]
+    rows = [x if x is None or x.is_contiguous() else x.new_empty(x.shape) for x in turned]
+    _copy((to, x) for to, x in zip(rows, turned, strict=True) if to is not x)
+    return rows
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        x = ScanInputs(*inputs)
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, softplus, initial):
+        u, delta, z = _rows(u, delta, z)
+        (batch, length, channels), columns = u.shape, B.shape[1] * B.shape[2]
+        bc = u.new_empty(batch, length, 2 * columns)
+        maps = (x.detach().flatten(1, 2).transpose(1, 2) for x in (B, C))
+        _copy(zip(bc.split(columns, 2), maps, strict=True))
+        bias, skip = (zeros(channels) if x is None else x.contiguous() for x in (delta_bias, D))
+        (initial,) = _rows(initial)
+        x = ScanInputs(u, delta, bias, softplus, A, initial, bc, 0, B.shape[1], skip, z, 0)
         made = ScanOutputs.empty(x, any(ctx.needs_input_grad))
         run(kernels.scan, x.tasks(), *x.arrays(), *arrays_of(*made))
-        ctx.save_for_backward(x.u, x.delta, x.bias, x.A, x.bc, x.skip, x.z, made.ungated, made.stored)
-        ctx.constants = x.softplus, x.first, x.groups, x.z_at
-        return made.out, made.last
+        ctx.save_for_backward(u, delta, bias, A, bc, skip, z, made.ungated, made.stored)
+        ctx.softplus, ctx.groups = softplus, B.shape[1]
+        ctx.set_materialize_grads(False)
+        return made.out.transpose(1, 2), made.last.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_last):
         u, delta, bias, A, bc, skip, z, ungated, stored = ctx.saved_tensors
-        softplus, first, groups, z_at = ctx.constants
-        x = ScanInputs(u, delta, bias, softplus, A, None, bc, first, groups, skip, z, z_at)  # `stored` has the initial
+        x = ScanInputs(u, delta, bias, ctx.softplus, A, None, bc, 0, ctx.groups, skip, z, 0)  # `stored` has the initial
         g = ScanGradients.empty(x)
-        given = arrays_of(ungated, stored, d_out.contiguous(), d_last.contiguous())
-        run(kernels.scan_adjoint, x.tasks(), *x.arrays(), *given, *arrays_of(*g))
-        d_z = None if z is None else g.z
-        d_A, d_bc, d_initial = g.A.sum(0).T, g.bc.sum(0), g.initial if ctx.needs_input_grad[5] else None
-        return g.u, g.delta, g.bias.sum(0), None, d_A, d_initial, d_bc, None, None, g.skip.sum(0), d_z, None
+        d_out, d_last = _rows(d_out, d_last)
+        d_out = zeros(*u.shape) if d_out is None else d_out
+        d_last = zeros(*g.initial.shape) if d_last is None else d_last
+        run(kernels.scan_adjoint, x.tasks(), *x.arrays(), *arrays_of(ungated, stored, d_out, d_last), *arrays_of(*g))
+        d_maps = total(g.bc).transpose(1, 2).unflatten(1, (2, ctx.groups, -1)).unbind(1)  # (B, G, N, L) each
+        made = (
+            g.u.transpose(1, 2), g.delta.transpose(1, 2), total(g.A).T, *d_maps, total(g.skip), g.z.transpose(1, 2),
+            total(g.bias), None, g.initial.transpose(1, 2),
+        )  # fmt: skip
+        return tuple(y if needed else None for y, needed in zip(made, ctx.needs_input_grad, strict=True))
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, softplus: bool, initial_state) -> tuple[Tensor, Tensor]:
-    """The backend of `selective_scan`: rows u, delta, z (B, L, D), A (D, N), B and C (B, G, N, L); float32.
+    """The backend of `selective_scan`: u, delta, z (B, D, L), A (D, N), B and C (B, G, N, L); float32.
 
-    D, z, delta_bias and initial_state (B, D, N) may be None.  Returns the output (B, L, D) and the last state
+    D, z, delta_bias and initial_state (B, D, N) may be None.  Returns the output (B, D, L) and the last state
     (B, D, N).
     """
-    zeros = u.new_zeros(u.shape[2])
-    bc = torch.cat([B.flatten(1, 2), C.flatten(1, 2)], 1).transpose(1, 2).contiguous()  # (B, L, 2 G N)
-    initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
-    out, last = _Scan.apply(
-        u.contiguous(), delta.contiguous(), zeros if delta_bias is None else delta_bias.contiguous(), softplus,
-        A, initial, bc, 0, B.shape[1], zeros if D is None else D.contiguous(), None if z is None else z.contiguous(), 0,
-    )  # fmt: skip
-    return out, last.transpose(1, 2)
+    return _Scan.apply(u, delta, A, B, C, D, z, delta_bias, softplus, initial_state)

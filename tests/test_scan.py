@@ -221,6 +221,20 @@ def test_numba_after_a_fork():
     assert child.exitcode == 0
 
 
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("channels", [1, 6])
+def test_numba_takes_any_mixture_of_memory_orders(length, channels):
+    x = {name: value.float() for name, value in case(length, channels, batch=2).items()}
+    expected = differentiate(x, "numba")
+    for rows in itertools.product([False, True], repeat=3):
+        mixed = dict(x)
+        for name, in_rows in zip(("u", "delta", "z"), rows, strict=True):
+            mixed[name] = laid_out(x[name], (0, 2, 1) if in_rows else (0, 1, 2), gap=0)
+        both = torch.stack([mixed["u"], mixed["z"]], 1).flatten(1, 2)
+        mixed["u"], mixed["z"] = both.chunk(2, 1)  # views of one tensor, as in a Mamba block
+        assert_close(differentiate(mixed, "numba"), expected, longest_sum(x) * ROUNDING)
+
+
 class _Scans(torch.utils.data.Dataset):
     def __init__(self, x):
         self.x = x
