@@ -67,6 +67,32 @@ def _softplus(x):
     return max(x, _F(0)) + _F(2) * s * p
 
 
+@_kernel
+def transpose(x, out, at, lo, hi):
+    """Copy the steps lo .. hi - 1 of x (D, L) to the rows of out (L, at + D or more), from column `at` on.
+
+    In squares of 16 through a scratch array, for lines of `x` that are a power of two apart evict each other.
+    """
+    channels, square = x.shape[0], np.empty((16, 16), np.float32)
+    for t in range(lo, hi, 16):
+        steps = min(16, hi - t)
+        for first in range(0, channels, 16):
+            width = min(16, channels - first)
+            if steps == width == 16:  # with constant bounds, these loops become SIMD shuffles
+                for d in range(16):
+                    row, line = x[first + d, t : t + 16], square[d]
+                    for k in range(16):
+                        line[k] = row[k]
+                for k in range(16):
+                    row = out[t + k, at + first : at + first + 16]
+                    for d in range(16):
+                        row[d] = square[d, k]
+            else:
+                for k in range(steps):
+                    for d in range(width):
+                        out[t + k, at + first + d] = x[first + d, t + k]
+
+
 @_part
 def _step_sizes(delta, bias, u, softplus, dt, dtu):
     """Δ and Δ u of one step."""

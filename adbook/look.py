@@ -51,6 +51,11 @@ METHODS = {
 METHODS |= {
     "gaussian": METHODS["mamba"],  # the book's default head: the same network
     "attention": METHODS["transformer"],
+    "attention alone": Style(_VERMILLION, "dot", "square-open"),
+    "scan": METHODS["mamba"],
+    "projections": Style(GREY, "dot", "circle-open"),
+    "mambapy": Style(_PURPLE, "dashdot", "triangle-up"),
+    "reference loop": Style(_ORANGE, "longdashdot", "cross"),
     "memory wiped": Style(_ORANGE, "dash", "triangle-left"),
     "source's start": Style(_GREEN, "dot", "diamond-open"),
     "train": Style(GREY, "dot", "circle-open"),

@@ -128,13 +128,20 @@ def ablation_panel(
     return describe(figure, f"Normalised score against {factor}, {_INTERVAL}. {'; '.join(told)}.")
 
 
-def cost_against_length(lengths: ArrayLike, costs: Mapping[str, ArrayLike], *, unit: str = "ms") -> go.Figure:
+def cost_against_length(
+    lengths: ArrayLike,
+    costs: Mapping[str, ArrayLike],
+    *,
+    quantity: str = "time, forward and backward",
+    unit: str = "ms",
+) -> go.Figure:
     """Measured cost against sequence length on logarithmic axes: the slope is the exponent.
 
     Args:
         lengths: ``(L,)`` tokens.
         costs: By method, ``(L,)``; NaN where it was not measured.
-        unit: Unit of the costs, for the axis.
+        quantity: What the costs are, for the axis.
+        unit: Unit of the costs.
     """
     lengths, figure, told = np.asarray(lengths, float), go.Figure(), []
     for i, (name, cost) in enumerate(costs.items()):
@@ -144,10 +151,10 @@ def cost_against_length(lengths: ArrayLike, costs: Mapping[str, ArrayLike], *, u
         if len(measured) == 2:
             slope = np.diff(np.log(cost[measured]))[0] / np.diff(np.log(lengths[measured]))[0]
             told.append(f"{name} grows at the end as length to the power {slope:.1f}")
-    _axes(figure, "sequence length (tokens)", f"time, forward and backward ({unit})")
+    _axes(figure, "sequence length (tokens)", f"{quantity} ({unit})")
     figure.update_xaxes(type="log", tickvals=lengths, ticktext=[f"{x:,.0f}" for x in lengths])
     figure.update_yaxes(type="log", dtick=1)
-    return describe(figure, f"Time against sequence length, both logarithmic. {'; '.join(told)}.")
+    return describe(figure, f"{quantity.capitalize()} against sequence length, both logarithmic. {'; '.join(told)}.")
 
 
 def training_curve(

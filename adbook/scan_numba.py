@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from adbook import kernels
 
-_COPIED = 1024  # rows of a matrix that are copied at a time
+_COPIED = 1024  # steps that are transposed at a time
 _FEW = 4  # tasks to aim at for a small batch, so that some threads have something to do
 
 
@@ -183,35 +183,38 @@ def zeros(*shape: int) -> Tensor:
     return torch.from_numpy(np.zeros(shape, np.float32))
 
 
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second (B, X, Y) to the first."""
+def _transpose(x: Tensor, out: Tensor, at: int = 0) -> None:
+    """Copy x (B, D, L) to out (B, L, at + D or more), from column `at` on."""
+    x = x.detach()
+    if not x[0].is_contiguous():
+        share(lambda pair: pair[0].copy_(pair[1].T), list(zip(out[..., at : at + x.shape[1]], x, strict=True)))
+        return
     pieces = [
-        (to[b, lo : lo + _COPIED], x[b, lo : lo + _COPIED])
-        for to, x in pairs
-        for b in range(len(x))
-        for lo in range(0, x.shape[1], _COPIED)
+        (a, b, at, lo, min(lo + _COPIED, len(b)))
+        for a, b in zip(x.numpy(), out.numpy(), strict=True)
+        for lo in range(0, len(b), _COPIED)
     ]
-    share(lambda piece: piece[0].copy_(piece[1]), pieces)
+    share(lambda piece: kernels.transpose(*piece), pieces)
 
 
-def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors (B, D, L) as contiguous (B, L, D)."""
-    turned = [None if x is None else x.detach().transpose(1, 2) for x in tensors]
-    rows = [x if x is None or x.is_contiguous() else x.new_empty(x.shape) for x in turned]
-    _copy((to, x) for to, x in zip(rows, turned, strict=True) if to is not x)
+def _rows(x: Tensor | None) -> Tensor | None:
+    """X (B, D, L) as contiguous (B, L, D)."""
+    if x is None or x.transpose(1, 2).is_contiguous():
+        return None if x is None else x.detach().transpose(1, 2)
+    rows = torch.empty(len(x), x.shape[2], x.shape[1])
+    _transpose(x, rows)
     return rows
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, delta_bias, softplus, initial):
-        u, delta, z = _rows(u, delta, z)
+        u, delta, z, initial = (_rows(x) for x in (u, delta, z, initial))
         (batch, length, channels), columns = u.shape, B.shape[1] * B.shape[2]
         bc = u.new_empty(batch, length, 2 * columns)
-        maps = (x.detach().flatten(1, 2).transpose(1, 2) for x in (B, C))
-        _copy(zip(bc.split(columns, 2), maps, strict=True))
+        for x, at in ((B, 0), (C, columns)):
+            _transpose(x.flatten(1, 2), bc, at)
         bias, skip = (zeros(channels) if x is None else x.contiguous() for x in (delta_bias, D))
-        (initial,) = _rows(initial)
         x = ScanInputs(u, delta, bias, softplus, A, initial, bc, 0, B.shape[1], skip, z, 0)
         made = ScanOutputs.empty(x, any(ctx.needs_input_grad))
         run(kernels.scan, x.tasks(), *x.arrays(), *arrays_of(*made))
@@ -226,7 +229,7 @@ class _Scan(torch.autograd.Function):
         u, delta, bias, A, bc, skip, z, ungated, stored = ctx.saved_tensors
         x = ScanInputs(u, delta, bias, ctx.softplus, A, None, bc, 0, ctx.groups, skip, z, 0)  # `stored` has the initial
         g = ScanGradients.empty(x)
-        d_out, d_last = _rows(d_out, d_last)
+        d_out, d_last = _rows(d_out), _rows(d_last)
         d_out = zeros(*u.shape) if d_out is None else d_out
         d_last = zeros(*g.initial.shape) if d_last is None else d_last
         run(kernels.scan_adjoint, x.tasks(), *x.arrays(), *arrays_of(ungated, stored, d_out, d_last), *arrays_of(*g))

@@ -115,8 +115,8 @@ def _forward(
     SOFTPLUS: tl.constexpr, B_VARIES: tl.constexpr, C_VARIES: tl.constexpr,
     N: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    in_group = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b, group = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    in_group = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     d, d_inside = group * width + in_group, in_group < width
     n_index, k = tl.arange(0, N), tl.arange(0, STEPS)
     of_state = (b * channels + d)[:, None] * n_state + n_index[None, :]
@@ -164,8 +164,8 @@ def _backward(
     SOFTPLUS: tl.constexpr, B_VARIES: tl.constexpr, C_VARIES: tl.constexpr,
     N: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    in_group = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b, group = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    in_group = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     d, d_inside = group * width + in_group, in_group < width
     n_index, k = tl.arange(0, N), tl.arange(0, STEPS)
     row = b * channels + d
@@ -173,7 +173,7 @@ def _backward(
     state_inside = d_inside[:, None] & (n_index < n_state)[None, :]
     chunks = tl.cdiv(length, STEPS)
     # Sums over this program's channels: (batch, programs of a sequence, N, L)
-    part = (b * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
+    part = (b * tl.num_programs(2) + group) * tl.num_programs(1) + tl.program_id(1)
     d_B_ptr += part * n_state * length if B_VARIES else 0
     d_C_ptr += part * n_state * length if C_VARIES else 0
     B_ptr += b * B_b + group // b_groups * B_g
@@ -268,11 +268,12 @@ class _Arguments(NamedTuple):
         sizes += [groups // x.shape[1] if varies else groups for x, varies in maps]
         strides = [s for x in (self.u, self.delta, self.z) for s in ((0, 0) if x is None else x.stride()[:2])]
         strides += [s for x, varies in maps for s in (x.stride()[:3] if varies else (0, 0, 0))]
-        kernel[blocks, groups, batch](
-            *self, *others, *sizes, *strides, SOFTPLUS=softplus, B_VARIES=maps[0][1], C_VARIES=maps[1][1],
-            N=triton.next_power_of_2(n_state), CHANNELS=block, STEPS=CHUNK,
-            num_warps=max(1, block * CHUNK // (32 * _PER_THREAD)),
-        )  # fmt: skip
+        with torch.cuda.device_of(self.u):  # Triton launches on the current device
+            kernel[batch, blocks, groups](
+                *self, *others, *sizes, *strides, SOFTPLUS=softplus, B_VARIES=maps[0][1], C_VARIES=maps[1][1],
+                N=triton.next_power_of_2(n_state), CHANNELS=block, STEPS=CHUNK,
+                num_warps=max(1, block * CHUNK // (32 * _PER_THREAD)),
+            )  # fmt: skip
 
     def split(self) -> tuple[int, int, int]:
         """The number of groups that share both B and C, channels in a block, and blocks in a group."""
