@@ -77,7 +77,7 @@ def _ratios(batch: int, length: int, threads: int, rounds: int) -> dict[str, flo
     }
     # u, Δ, z and the output's gradient, B and C in float32; what is made has the same sizes
     given = 4 * batch * length * (4 * CHANNELS + 2 * STATES)
-    one, all_of_them = (_best(works, count, 3 * rounds) for count in (1, threads))
+    one, all_of_them = (_best(works, count, 10 * rounds) for count in (1, threads))
     # Apart, for it takes and frees so much memory that what runs next has to ask the system for its own anew.
     mambapy = _best({"mambapy": scan(batch, length, mambapy_scan())}, 1, rounds)["mambapy"]
     return {
