@@ -30,7 +30,8 @@ _MODULES = {
     "trained_policy": "experiments",
     "references": "experiments",
     "evaluate": "experiments",
-    "Player": "player",
+    "RolloutPlayer": "player",
+    "Watched": "insight",
 }
 
 __version__ = "0.1.0"

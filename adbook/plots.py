@@ -132,7 +132,7 @@ def cost_against_length(
     lengths: ArrayLike,
     costs: Mapping[str, ArrayLike],
     *,
-    quantity: str = "time, forward and backward",
+    quantity: str = "time",
     unit: str = "ms",
 ) -> go.Figure:
     """Measured cost against sequence length on logarithmic axes: the slope is the exponent.
@@ -140,7 +140,7 @@ def cost_against_length(
     Args:
         lengths: ``(L,)`` tokens.
         costs: By method, ``(L,)``; NaN where it was not measured.
-        quantity: What the costs are, for the axis.
+        quantity: What the costs of a forward and backward pass are, for the axis.
         unit: Unit of the costs.
     """
     lengths, figure, told = np.asarray(lengths, float), go.Figure(), []
@@ -154,7 +154,9 @@ def cost_against_length(
     _axes(figure, "sequence length (tokens)", f"{quantity} ({unit})")
     figure.update_xaxes(type="log", tickvals=lengths, ticktext=[f"{x:,.0f}" for x in lengths])
     figure.update_yaxes(type="log", dtick=1)
-    return describe(figure, f"{quantity.capitalize()} against sequence length, both logarithmic. {'; '.join(told)}.")
+    return describe(
+        figure, f"{quantity.capitalize()} of both passes against sequence length, logarithmic. {'; '.join(told)}."
+    )
 
 
 def training_curve(

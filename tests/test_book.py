@@ -268,25 +268,21 @@ def test_every_page_is_drawn_and_fits_a_phone(visits):
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
-def test_scrubber_moves_by_click_and_by_keyboard(smoke_book, served, browser, scheme):
+def test_player_moves_by_click_and_by_keyboard(smoke_book, served, browser, scheme):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     base = served if scheme == "http" else smoke_book.site.as_uri()
     page.goto(f"{base}/notebooks/05_in_context_rollouts.html")
-    episode = page.get_by_label("Episode", exact=True).first
-    step = page.get_by_label("Step", exact=True).first
-    episode.scroll_into_view_if_needed()
-    shown = page.locator("output")
-
-    before, box = shown.all_inner_texts(), episode.bounding_box()
+    timeline = page.get_by_role("slider", name="Time line").first
+    timeline.scroll_into_view_if_needed()
+    said = page.locator(".adp-said").first
+    expect(said).to_contain_text("Episode 1 of")
+    before, box = said.inner_text(), timeline.bounding_box()
     page.mouse.click(box["x"] + 0.95 * box["width"], box["y"] + box["height"] / 2)
-    assert episode.input_value() == episode.get_attribute("max") != "0"
-    assert shown.all_inner_texts() != before
-
-    for key, value in (("Home", "0"), ("ArrowRight", "1")):
-        before = shown.all_inner_texts()
-        step.press(key)
-        assert step.input_value() == value
-        assert shown.all_inner_texts() != before
+    expect(said).not_to_have_text(before)
+    expect(said).not_to_contain_text("Episode 1 of")
+    for key, told in (("Home", r"Episode 1 of \d+, step 0 "), ("ArrowRight", r"Episode 1 of \d+, step 1 ")):
+        timeline.press(key)
+        expect(said).to_contain_text(re.compile(told))
     page.close()
 
 

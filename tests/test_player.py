@@ -1,64 +1,46 @@
-"""The player: what it stores, and its page driven by keyboard and mouse in headless Chromium."""
+"""The player: what it stores, and its page driven by keyboard and mouse in headless Chromium, for every family."""
 
-import base64
 import json
-import math
+import re
 from dataclasses import replace
-from pathlib import Path
+from functools import lru_cache
 
 import mujoco
 import numpy as np
 import pytest
+import torch
 
 import adbook
-from adbook.player import Player
+from adbook.insight import Watched
+from adbook.mamba import MambaConfig
+from adbook.player import MOST_BYTES, RolloutPlayer
+from adbook.policy import ADPolicy, PolicyConfig
 from adbook.rollout import RandomPolicy, rollout
+from adbook.scene import scene
+from adbook.transformer import TransformerConfig
 
-EPISODES, STEPS = 3, 50
-FILES = Path(adbook.__file__).parent
-SOURCES = {suffix: (FILES / f"player{suffix}").read_text() for suffix in (".js", ".css")}
-PAGE = """<!doctype html><html data-theme="light"><meta charset="utf-8"><style>{css}</style>
-<body><div id="here" style="width:{width}px"></div><script type="module">
-const state = {state}, listeners = {{}};
-for (const name of ["angles", "rewards"])
-  state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
-const model = {{
-  get: (name) => state[name],
-  set: (name, value) => {{
-    if (state[name] === value) return;
-    state[name] = value;
-    (listeners["change:" + name] || []).forEach((f) => f());
-  }},
-  on: (event, f) => (listeners[event] ||= []).push(f),
-  off: (event, f) => (listeners[event] = listeners[event].filter((g) => g !== f)),
-  save_changes: () => {{}},
-}};
-const player = await import(URL.createObjectURL(new Blob([{esm}], {{ type: "text/javascript" }})));
-const remove = player.default.render({{ model, el: document.getElementById("here") }});
-window.test = {{ model, remove, listeners, data: player.decode(model) }};
-</script>"""
+EPISODES, STEPS = 3, 50  # of the recorded Reacher-Goal
 
 
-@pytest.fixture(scope="module")
-def family():
-    return adbook.family("reacher-goal")
-
-
-@pytest.fixture(scope="module")
-def recorded(family):
-    return rollout(RandomPolicy(2), family, family.test_tasks[:2], episodes=EPISODES, seed=1)
+@lru_cache
+def recorded(name="reacher-goal", tasks=2, episodes=EPISODES, seed=1):
+    family = adbook.family(name)
+    policy = RandomPolicy(family.action_size, family.action_scale)
+    return rollout(policy, family, family.test_tasks[:tasks], episodes=episodes, seed=seed)
 
 
 @pytest.fixture
-def open_page(browser, recorded):
-    """Opens the player of the recorded rollout; in the end no page may have failed or asked for a file."""
+def open_page(browser, tmp_path):
+    """Opens a player; in the end no page may have failed, complained or asked for a file."""
     pages, troubles = [], []
 
-    def opened(width=740, **context):
+    def opened(player=None, width=800, **context):
         page = browser.new_page(**context)
         page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda message: troubles.append(message.text))
         page.on("request", lambda request: troubles.append(request.url))
-        page.set_content(_page(Player(recorded, references={"random": [-12.0, -9.0]}), width))
+        player = player or RolloutPlayer(recorded(), references={"random": [-12.0, -9.0]})
+        page.set_content(_page(player, width, tmp_path))
         page.wait_for_function("window.test")
         pages.append(page)
         return page
@@ -69,159 +51,268 @@ def open_page(browser, recorded):
     assert [t for t in troubles if not t.startswith("blob:")] == []
 
 
-def _page(player, width):
-    state = {name: getattr(player, name) for name in player.keys if not name.startswith("_")}
-    state = {n: base64.b64encode(v).decode() if isinstance(v, bytes) else v for n, v in state.items()}
-    state = {n: v for n, v in state.items() if isinstance(v, str | int | float | list)}
-    return PAGE.format(css=SOURCES[".css"], esm=json.dumps(SOURCES[".js"]), state=json.dumps(state), width=width)
+def _page(player, width, folder):
+    """The player's own page, with what tests look at made visible to them."""
+    page = player.save_html(folder / "player.html").read_text()
+    hook = f"""document.getElementById("player").style.width = "{width}px";
+      const data = await decode(model).catch(() => null);
+      window.test = {{ model, remove, listeners, kinematics, data }};
+      </script>"""
+    return page.replace("</script>", hook)
 
 
-def _slider(page, name):
-    return page.get_by_role("slider", name=name, exact=True)
+def _place(page):
+    """Task, episode and step, once what was asked for is drawn."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return tuple(page.evaluate("['task', 'episode', 'step'].map((name) => test.model.get(name))"))
 
 
-def _outputs(page):
-    return page.locator("output").all_inner_texts()  # return, reward, distance, episode, step
+def _pictures(page, select="canvas"):
+    _place(page)
+    return page.evaluate(f"[...document.querySelectorAll('{select}')].map((c) => c.toDataURL())")
 
 
-def _text(value, digits):
-    return f"{value:.{digits}f}".replace("-", "−")
+def _said(page):
+    _place(page)
+    return page.get_by_role("status").inner_text()
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the page
+# what is drawn
 
 
-def test_fingertip_in_the_page_is_mujocos(open_page, recorded, family):
+@pytest.mark.parametrize("name", sorted(adbook.FAMILIES))
+def test_the_robot_in_the_page_stands_as_in_mujoco(open_page, name):
+    rollout = recorded(name, tasks=1, episodes=2)
+    player = RolloutPlayer(rollout)
+    page = open_page(player)
+    at = [0, 1, int(rollout.lengths[0].min())]
+    drawn = page.evaluate(
+        """(at) => at.flatMap((t) => [0, 1].map((k) => {
+          const placed = test.kinematics(test.data.scene, test.data.qpos(0, 0, k, t));
+          return placed.map(({ p, R }) => [...p, ...R]);
+        }))""",
+        at,
+    )
+    env = adbook.family(name).make(rollout.tasks[0]).unwrapped
+    true = np.array([_bodies(env, rollout.qpos[0, k, t]) for t in at for k in (0, 1)])
+    env.close()
+    moving = [i for i, body in enumerate(player.scene["bodies"]) if _is_drawn(player.scene, i)]
+    # Each coordinate is off by at most half a unit; an angle moves what hangs on it by that times at most 1.5 m.
+    allowed = 1.5 * sum(unit / 2 for unit in player.unit) + 1e-5  # and the numbers of the scene have six digits
+    assert len(moving) >= 2
+    np.testing.assert_allclose(np.array(drawn)[:, moving], true[:, moving], rtol=0, atol=allowed)
+
+
+def _bodies(env, qpos):
+    env.data.qpos[:] = qpos
+    mujoco.mj_kinematics(env.model, env.data)
+    return [[*env.data.xpos[i], *env.data.xmat[i]] for i in range(1, env.model.nbody)]
+
+
+def _is_drawn(scene, body):
+    return any(shape["body"] == body for shape in scene["shapes"])
+
+
+@pytest.mark.parametrize("name", sorted(adbook.FAMILIES))
+def test_every_family_is_drawn_and_moves(open_page, name):
+    page = open_page(RolloutPlayer(recorded(name, tasks=1, episodes=2)))
+    page.evaluate("test.model.set('step', 0)")
+    before = _pictures(page, ".adp-robot")[0]
+    page.evaluate("test.model.set('step', 8)")
+    assert _pictures(page, ".adp-robot")[0] != before
+    assert len(before) > 8000  # an empty canvas of this size is a few hundred characters
+
+
+def test_between_kept_frames_the_page_interpolates(open_page, monkeypatch):
+    monkeypatch.setattr("adbook.player._STRIDES", (4,))
+    rollout = recorded()
+    player = RolloutPlayer(rollout)
+    page = open_page(player)
+    drawn = np.array(page.evaluate("[4, 6, 50].map((t) => Array.from(test.data.qpos(0, 1, 2, t)))"))
+    kept = rollout.qpos[1, 2].astype(float)
+    expected = [kept[4], (kept[4] + kept[8]) / 2, kept[50]]  # 4 does not divide 50: the last frame is kept as well
+    np.testing.assert_allclose(drawn[:2, :2], np.array(expected)[:2, :2], rtol=0, atol=max(player.unit))
+    np.testing.assert_allclose(drawn[2, :2], expected[2][:2], rtol=0, atol=max(player.unit))
+
+
+def test_rewards_in_the_page_are_the_rollouts(open_page):
+    rollout = recorded()
     page = open_page()
     drawn = page.evaluate(
-        "[0, 1].map((i) => [...Array(3).keys()].map((k) =>"
-        " [...Array(51).keys()].map((t) => test.data.pose(i, k, t).tip)))"
+        "[0, 1].map((i) => [0, 1, 2].map((k) => [...Array(50).keys()].map((t) => test.data.reward(0, i, k, t))))"
     )
-    env = family.make(recorded.tasks[0]).unwrapped
-    true = np.array([_fingertip(env, q) for q in recorded.qpos.reshape(-1, 4)]).reshape(2, EPISODES, 51, 2)
-    env.close()
-    # Each angle is off by at most half a unit, π/65536; q0 moves both links (0.21 m), q1 the second (0.11 m).
-    # The arm winds up: angles beyond a turn have to come out right as well.
-    assert np.abs(recorded.qpos[..., 0]).max() > 2 * math.pi
-    np.testing.assert_allclose(drawn, true, rtol=0, atol=0.32 * math.pi / 65536 + 1e-12)
+    np.testing.assert_allclose(drawn, rollout.rewards, rtol=0, atol=0.51 * np.abs(rollout.rewards).max() / 4000)
 
 
-def _fingertip(env, q):
-    env.data.qpos[:] = q
-    mujoco.mj_kinematics(env.model, env.data)
-    return env.data.body("fingertip").xpos[:2].copy()
+def test_after_an_early_end_the_robot_stays_where_it_was(open_page):
+    rollout = recorded("ant-dir", tasks=1, episodes=2)
+    rewards, actions, qpos = (x.copy() for x in (rollout.rewards, rollout.actions, rollout.qpos))
+    rewards[0, 1, 30:], actions[0, 1, 30:], qpos[0, 1, 31:] = np.nan, np.nan, np.nan
+    page = open_page(RolloutPlayer(replace(rollout, rewards=rewards, actions=actions, qpos=qpos)))
+    same = page.evaluate("[30, 31, 200].map((t) => JSON.stringify(Array.from(test.data.qpos(0, 0, 1, t))))")
+    assert len(set(same)) == 1
+    page.evaluate("test.model.set('episode', 1)")
+    assert "ended early" in _said(page)
 
 
-def test_rewards_and_returns_in_the_page_are_the_rollouts(open_page, recorded):
+# ----------------------------------------------------------------------------------------------------------
+# how it is used
+
+
+def test_keys_move_step_episode_and_task(open_page):
     page = open_page()
-    drawn = page.evaluate("[0, 1].map((i) => test.data.rewardsOf(i))")
-    unit = np.abs(recorded.rewards).max() / 32767
-    np.testing.assert_allclose(drawn, recorded.rewards.reshape(2, -1), rtol=0, atol=0.51 * unit)  # half a unit
-    np.testing.assert_allclose(page.evaluate("test.data.returns(1)"), recorded.returns[1], rtol=0, atol=5.1e-5)
+    page.get_by_role("group", name="Rollout player").focus()
+    assert _place(page) == (0, 0, 50)
+    for key, expected in [
+        ("ArrowLeft", (0, 0, 49)),
+        ("PageDown", (0, 1, 0)),
+        ("ArrowRight", (0, 1, 1)),
+        ("PageUp", (0, 1, 0)),
+        ("PageUp", (0, 0, 0)),
+        ("ArrowDown", (1, 0, 0)),
+        ("End", (1, 2, 50)),
+        ("ArrowUp", (0, 2, 50)),
+        ("Home", (0, 0, 0)),
+        ("ArrowLeft", (0, 0, 0)),
+    ]:
+        page.keyboard.press(key)
+        assert _place(page) == expected, key
+    assert page.get_by_role("slider").get_attribute("aria-valuetext") == "Episode 1 of 3, step 0 of 50"
+    page.keyboard.press("+")
+    assert page.get_by_label("Speed").input_value() == "2"
 
 
-def test_keys_on_the_sliders_move_episode_and_step(open_page, recorded, family):
+def test_click_and_drag_on_the_time_line_go_there(open_page):
     page = open_page()
-    assert _outputs(page)[3:] == ["1 of 3", "50 of 50"]
-    _slider(page, "Episode").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Tab")
-    page.keyboard.press("ArrowLeft")
-    total, reward, distance, episode, step = _outputs(page)
-    assert (episode, step) == ("2 of 3", "49 of 50")
-    assert _slider(page, "Step").get_attribute("aria-valuetext") == "49 of 50"
-    assert total == _text(recorded.returns[0, 1], 2)
-    assert reward == _text(recorded.rewards[0, 1, 48], 3)
-    env = family.make(recorded.tasks[0]).unwrapped
-    true = 100 * np.linalg.norm(_fingertip(env, recorded.qpos[0, 1, 49]) - recorded.tasks[0].goal)
-    env.close()
-    # shown to 0.1 cm, of positions to 0.0016 cm
-    assert float(distance.removesuffix(" cm")) == pytest.approx(true, abs=0.05 + 0.0016)
-    page.keyboard.press("Home")
-    assert _outputs(page)[1] == "–"  # no step has been made yet
-    assert _outputs(page)[4] == "0 of 50"
+    box = page.locator(".adp-timeline").bounding_box()
+    inside = box["width"] - 56  # its margins are 46 and 10 pixels wide
+
+    def at(position):
+        return box["x"] + 46 + position / EPISODES * inside, box["y"] + 70
+
+    page.mouse.click(*at(1.5))
+    assert _place(page)[1:] == (1, pytest.approx(25, abs=1))
+    before = _pictures(page, ".adp-robot")
+    page.mouse.move(*at(1.5))
+    page.mouse.down()
+    page.mouse.move(*at(2.2), steps=4)
+    assert _place(page)[1:] == (2, pytest.approx(10, abs=1))
+    assert _pictures(page, ".adp-robot") != before
+    page.mouse.up()
+    page.mouse.move(*at(0.1))
+    assert _place(page)[1] == 2  # the button is up
 
 
-def test_task_picker_shows_the_other_task(open_page, recorded):
+def test_the_map_and_the_menu_choose_a_task(open_page):
     page = open_page()
-    page.get_by_role("combobox", name="Task").select_option(index=1)
-    assert _outputs(page)[0] == _text(recorded.returns[1, 0], 2)
+    goal = np.array(recorded().tasks[1].goal)
+    box = page.locator(".adp-map").bounding_box()
+    size = min(box["width"], box["height"]) / 2 - 10
+    all_goals = np.array(
+        [task.goal for task in adbook.family("reacher-goal").train_tasks] + [t.goal for t in recorded().tasks]
+    )
+    middle = (all_goals.min(0) + all_goals.max(0)) / 2
+    dx, dy = (goal - middle) / np.linalg.norm(all_goals - middle, axis=1).max() * size
+    page.locator(".adp-map").click(position={"x": box["width"] / 2 + dx, "y": box["height"] / 2 - dy})
+    assert _place(page)[0] == 1
+    page.get_by_role("combobox", name="Task").select_option(index=0)
+    assert _place(page)[0] == 0
 
 
-def test_click_on_the_curve_goes_to_the_episode_and_on_the_rewards_to_the_step(open_page):
+def test_dragging_a_robot_turns_the_camera_and_a_double_click_undoes_it(open_page):
     page = open_page()
-    curve, rewards = page.locator("canvas.adp-chart").all()
-    box = curve.bounding_box()
-    curve.click(position={"x": box["width"] - 13, "y": 60})
-    rewards.click(position={"x": 44, "y": 60})
-    assert _outputs(page)[3:] == ["3 of 3", "1 of 50"]
+    before = _pictures(page, ".adp-robot")
+    box = page.locator(".adp-robot").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 60, y - 20, steps=3)
+    page.mouse.up()
+    assert _pictures(page, ".adp-robot") != before
+    page.mouse.dblclick(x, y)
+    assert _pictures(page, ".adp-robot") == before
 
 
-def test_play_runs_through_the_episodes_and_stops_and_a_slider_pauses_it(open_page):
+def test_play_runs_through_the_episodes_and_stops_and_a_key_pauses_it(open_page):
     page = open_page()
-    page.get_by_label("Speed").select_option("5")
+    page.get_by_label("Speed").select_option("8")
     page.get_by_role("button", name="Play").click()
     page.get_by_role("button", name="Pause").wait_for()
-    _slider(page, "Step").press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
     page.get_by_role("button", name="Play").click()
     page.get_by_role("button", name="Play").wait_for()  # its label again once the last episode is over
-    assert _outputs(page)[3:] == ["3 of 3", "50 of 50"]
+    assert _place(page) == (0, 2, 50)
 
 
 @pytest.mark.parametrize("motion", ["reduce", "no-preference"])
-def test_play_moves_the_arm_only_where_motion_is_welcome(open_page, motion):
+def test_play_moves_the_robot_only_where_motion_is_welcome(open_page, motion):
     page = open_page(reduced_motion=motion)
     page.evaluate("test.steps = []; test.model.on('change:step', () => test.steps.push(test.model.get('step')))")
-    page.get_by_label("Speed").select_option("5")
+    page.get_by_label("Speed").select_option("8")
     page.get_by_role("button", name="Play").click()
     page.wait_for_function("test.model.get('episode') === 2")
     between = [step for step in page.evaluate("test.steps") if 0 < step < STEPS]
     assert bool(between) == (motion == "no-preference")
 
 
-def test_every_control_and_picture_has_a_name_that_follows_the_state(open_page, recorded):
+def test_what_it_says_follows_the_state(open_page):
     page = open_page()
+    page.evaluate("test.model.set('episode', 2)")
+    assert _said(page).startswith("Episode 3 of 3, step 50 of 50. ")
+    assert _said(page).endswith("cm from the goal.")
+    robot = page.get_by_role("img").filter(has_not_text="Map").all()
+    assert any((c.get_attribute("aria-label") or "").startswith("mamba in episode 3, step 50: ") for c in robot)
     for role, names in {
-        "slider": ["Episode", "Step"],
+        "slider": ["Time line"],
         "combobox": ["Task", "Speed"],
-        "button": ["Play"],
+        "button": ["Previous episode", "Step back", "Play", "Step forward", "Next episode"],
         "group": ["Rollout player"],
     }.items():
         for name in names:
-            assert page.get_by_role(role, name=name, exact=True).count() == 1
-    _slider(page, "Episode").press("End")
-    arm, curve, rewards = (c.get_attribute("aria-label") for c in page.get_by_role("img").all())
-    assert arm.startswith("Two-link arm in episode 3, step 50: the fingertip is")
-    assert f"{_text(recorded.returns[0, 0], 2)} in episode 1" in curve
-    assert rewards.startswith("Reward by step in episode 3")
+            assert page.get_by_role(role, name=name, exact=True).count() == 1, name
 
 
-def test_pictures_follow_the_step_the_size_and_the_theme(open_page):
+def test_pictures_follow_the_theme_and_the_size(open_page):
     page = open_page()
-    for act, changed in (
-        (lambda: _slider(page, "Step").press("PageDown"), [True, False, True]),  # the returns stay
-        (lambda: page.evaluate("document.documentElement.dataset.theme = 'dark'"), [True] * 3),
-        (lambda: page.evaluate("document.getElementById('here').style.width = '600px'"), [True] * 3),
+    for act in (
+        "document.documentElement.dataset.theme = 'dark'",
+        "document.getElementById('player').style.width = '600px'",
     ):
         before = _pictures(page)
-        act()
-        page.wait_for_function("(old) => document.querySelector('canvas').toDataURL() !== old", arg=before[0])
-        assert [a != b for a, b in zip(before, _pictures(page), strict=True)] == changed
+        page.evaluate(act)
+        page.wait_for_function("(old) => document.querySelector('.adp-timeline').toDataURL() !== old", arg=before[-1])
+        assert all(a != b for a, b in zip(before, _pictures(page), strict=True))
 
 
-def _pictures(page):
-    return page.evaluate("[...document.querySelectorAll('canvas')].map((c) => c.toDataURL())")
-
-
-@pytest.mark.parametrize("width", [740, 320])
-def test_nothing_is_wider_than_the_column(open_page, width):
-    page = open_page(width=width)
+@pytest.mark.parametrize("width", [800, 320])
+@pytest.mark.parametrize("agents", [1, 4])
+def test_nothing_is_wider_than_the_column(open_page, width, agents):
+    names = ["mamba", "transformer", "source", "random"][:agents]
+    page = open_page(RolloutPlayer(dict.fromkeys(names, recorded())), width=width)
     wide = page.evaluate(
         "[...document.querySelectorAll('.adbook-player *')].filter((e) => e.getBoundingClientRect().right >"
-        f" document.getElementById('here').getBoundingClientRect().x + {width} + 0.5).map((e) => e.className)"
+        f" document.getElementById('player').getBoundingClientRect().x + {width} + 0.5).map((e) => e.className)"
     )
     assert wide == []
+
+
+def test_scrubbing_keeps_up_with_the_screen(open_page):
+    page = open_page(RolloutPlayer({"mamba": recorded(), "random": recorded(seed=2)}))
+    drawn = page.evaluate(
+        """async () => {
+          const robot = document.querySelector(".adp-robot");
+          const pictures = new Set();
+          for (let i = 0; i < 20; i++) {
+            test.model.set("step", i);
+            await new Promise(requestAnimationFrame);
+            await new Promise(requestAnimationFrame);
+            pictures.add(robot.toDataURL());
+          }
+          return pictures.size;
+        }"""
+    )
+    assert drawn == 20  # a picture for every step, in the frame after it was asked for
 
 
 def test_removing_the_view_takes_its_listeners_along(open_page):
@@ -229,40 +320,145 @@ def test_removing_the_view_takes_its_listeners_along(open_page):
     assert page.evaluate("(test.remove(), Object.values(test.listeners).flat().length)") == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {"frames": p.frames[:40]}, "frames cannot be read"),
+        (lambda p: {"rewards": b"no zlib"}, "rewards cannot be read"),
+        (lambda p: {"frames": p.rewards}, r"there are \d+ bytes of it instead of \d+"),
+    ],
+)
+def test_a_damaged_recording_says_so_in_the_page(open_page, change, message):
+    player = RolloutPlayer(recorded())
+    for name, value in change(player).items():
+        setattr(player, name, value)
+    page = open_page(player)
+    assert re.search(message, page.get_by_role("alert").inner_text())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# several agents, and what the network sees
+
+
+def policy(backbone, **changes):
+    torch.manual_seed(0)
+    return ADPolicy(PolicyConfig(8, 2, backbone=backbone, **changes)).eval()
+
+
+def test_insight_is_what_the_policy_would_do(open_page):
+    family = adbook.family("reacher-goal")
+    plain = policy(MambaConfig(d_model=16, n_layers=1))
+    watched = Watched(plain)
+    seen = rollout(watched, family, family.test_tasks[:2], episodes=2, seed=3)
+    assert np.array_equal(seen.actions, rollout(plain, family, family.test_tasks[:2], episodes=2, seed=3).actions)
+    insight = watched.insight(seen)
+    assert set(insight) == {"mean 1", "std 1", "action 1", "mean 2", "std 2", "action 2", "change"}
+    assert all(values.shape == (2, 2, 50) and np.isfinite(values).all() for values in insight.values())
+    off = (insight["action 1"] - insight["mean 1"]) / insight["std 1"]
+    free = np.abs(insight["action 1"]) < 1  # the others were clipped
+    assert 0.7 < off[free].std() < 1.1  # 200 standard normal draws, less those clipped
+    page = open_page(RolloutPlayer({"mamba": seen, "random": recorded(episodes=2)}, insight={"mamba": insight}))
+    drawn = page.evaluate("test.data.seen(0, 1, 1, 20)")
+    for name, values in insight.items():
+        assert drawn[name] == pytest.approx(values[1, 1, 20], abs=0.51 * float(np.abs(values).max()) / 250)
+    assert page.evaluate("test.data.seen(1, 1, 1, 20)") is None
+    page.evaluate("test.model.set('episode', 1); test.model.set('step', 20)")
+    _place(page)
+    told = page.locator(".adp-sees").inner_text()
+    assert "Steps in its memory\n70" in told.replace("\n\n", "\n")
+
+
+def test_a_transformers_state_has_no_change():
+    family = adbook.family("reacher-goal")
+    watched = Watched(policy(TransformerConfig(d_model=16, n_layers=1, n_heads=2, context=100)))
+    seen = rollout(watched, family, family.test_tasks[:1], episodes=1)
+    insight = watched.insight(seen)
+    assert np.isnan(insight["change"]).all()
+    player = RolloutPlayer({"transformer": seen}, insight={"transformer": insight})
+    assert "change" not in player.insight["names"]
+
+
+def test_the_saved_page_works_from_the_disk_alone(browser, tmp_path):
+    path = RolloutPlayer(recorded(), references={"a </script> b": [-1, -2]}).save_html(tmp_path / "new" / "page.html")
+    page, requests = browser.new_page(color_scheme="dark"), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.get_by_role("status").filter(has_text="Episode 1 of 3, step 50 of 50").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("PageDown")
+    page.get_by_role("status").filter(has_text="Episode 2 of 3, step 0 of 50").wait_for()
+    assert page.title() == "RolloutPlayer(mamba: 2 tasks, 3 episodes, 50 steps)"
+    page.close()
+    assert requests == [path.as_uri()]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Python
 
 
-def test_angles_beyond_a_turn_are_stored_to_the_same_precision(recorded):
-    qpos = recorded.qpos.copy()
-    qpos[..., 0] = np.linspace(-40, 40, qpos[..., 0].size).reshape(qpos.shape[:-1])
-    stored = np.frombuffer(Player(replace(recorded, qpos=qpos)).angles, "<i2").reshape(*qpos.shape[:-1], 2)
-    error = np.angle(np.exp(1j * (stored * math.pi / 32768 - qpos[..., :2].astype(float))))
-    assert np.abs(error).max() <= math.pi / 65536 + 1e-12  # half a unit; the sum of 64-bit numbers near 40 rounds
+@pytest.mark.parametrize("name", sorted(adbook.FAMILIES))
+def test_a_scene_is_plain_data_that_fits_the_model(name):
+    described = scene(adbook.family(name))
+    assert json.loads(json.dumps(described)) == json.loads(json.dumps(described))
+    parents = [body["parent"] for body in described["bodies"]]
+    assert all(parent < i for i, parent in enumerate(parents))  # so that one pass does
+    assert {shape["role"] for shape in described["shapes"]} <= {"robot", "object", "frame"}
+    assert all(0 <= q < described["coordinates"] for q in described["used"])
 
 
-def test_state_is_small(recorded):
-    player = Player(recorded)
-    steps = recorded.rewards.size
-    assert len(player.angles) + len(player.rewards) == 4 * steps * 51 // 50 + 2 * steps
+def _size(player):
+    return sum(4 * len(x) // 3 for x in (player.frames, player.rewards, player.seen))
 
 
-def test_a_rollout_without_any_reward_can_be_shown(recorded):
-    assert Player(replace(recorded, rewards=np.zeros_like(recorded.rewards))).reward_unit == 1
+def test_the_books_own_recording_is_small():
+    assert _size(RolloutPlayer(recorded(tasks=16, episodes=20))) < 120_000
 
 
-def test_another_family_is_refused_by_name(recorded):
-    with pytest.raises(ValueError, match=r"'ant-dir' yet; it draws 'reacher-goal'"):
-        Player(replace(recorded, family="ant-dir"))
+def test_a_long_recording_keeps_fewer_frames_and_too_long_a_one_is_refused():
+    rollout = recorded("half-cheetah-vel", tasks=1, episodes=2)
+
+    def repeated(times):
+        arrays = {
+            name: np.repeat(getattr(rollout, name), times, axis=1) for name in ("returns", "rewards", "actions", "qpos")
+        }
+        noise = np.random.default_rng(0).normal(size=arrays["qpos"].shape)  # or it would be packed away
+        return replace(rollout, **arrays | {"qpos": (arrays["qpos"] + noise).astype(np.float32)})
+
+    player = RolloutPlayer(repeated(60))
+    assert player.stride > 1
+    assert _size(player) <= MOST_BYTES
+    with pytest.raises(ValueError, match=r"kB are left in all. Show fewer tasks or episodes"):
+        RolloutPlayer(repeated(300))
+
+
+def test_a_rollout_without_any_reward_can_be_shown():
+    rollout = recorded()
+    assert RolloutPlayer(replace(rollout, rewards=np.zeros_like(rollout.rewards))).reward_unit == 1
+
+
+def test_rollouts_that_do_not_fit_are_refused():
+    first, longer = recorded(), recorded(episodes=4)
+    with pytest.raises(ValueError, match="5 rollouts were given; the player shows one to four"):
+        RolloutPlayer(dict.fromkeys("abcde", first))
+    with pytest.raises(ValueError, match="0 rollouts"):
+        RolloutPlayer({})
+    with pytest.raises(ValueError, match=r"'a' and 'b' have .* play both for the same number of episodes"):
+        RolloutPlayer({"a": first, "b": longer})
+    with pytest.raises(ValueError, match="'a' and 'b' have different tasks"):
+        RolloutPlayer({"a": first, "b": recorded(tasks=1)})
+    with pytest.raises(ValueError, match="qpos has 4 coordinates and ant-dir's robot 15"):
+        RolloutPlayer(replace(first, family="ant-dir"))
+    with pytest.raises(ValueError, match="insight is given for 'other'"):
+        RolloutPlayer({"a": first}, insight={"other": {}})
 
 
 @pytest.mark.parametrize(("name", "value"), [("task", 2), ("episode", -1), ("step", 51)])
-def test_a_position_out_of_range_is_refused(recorded, name, value):
-    player = Player(recorded)
+def test_a_position_out_of_range_is_refused(name, value):
+    player = RolloutPlayer(recorded())
     with pytest.raises(ValueError, match=f"{name} is {value}; it must lie between 0 and"):
         setattr(player, name, value)
 
 
-def test_a_reference_needs_one_return_a_task(recorded):
+def test_a_reference_needs_one_return_a_task():
     with pytest.raises(ValueError, match=r"references\['source'\] has shape \(3,\); it must be \(2,\)"):
-        Player(recorded, references={"source": [-1, -2, -3]})
+        RolloutPlayer(recorded(), references={"source": [-1, -2, -3]})
