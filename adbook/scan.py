@@ -91,7 +91,7 @@ def selective_scan(
         "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias,
         "initial_state": initial_state,
     }  # fmt: skip
-    tensors = {name: x for name, x in tensors.items() if x is not None}
+    tensors = {name: x for name, x in tensors.items() if x is not None or name in ("u", "delta", "A", "B", "C")}
     _check(tensors)
     wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
     backend = _choose(backend, tensors, wide, return_last_state)
@@ -163,8 +163,8 @@ def _choose(backend: str, tensors: dict[str, Tensor], wide: torch.dtype, return_
 def _reason_against(backend: str, tensors: dict[str, Tensor], wide: torch.dtype) -> str | None:
     """Why a compiled backend cannot scan these tensors, or None."""
     device = tensors["u"].device
-    interpreted = backend == "triton" and _interpreted()
-    if (device.type == "cpu") != (backend == "numba") and not interpreted:
+    interpreted = backend == "triton" and _interpreted() and device.type == "cpu"
+    if device.type != ("cpu" if backend == "numba" else "cuda") and not interpreted:
         return f"it runs on the {'CPU' if backend == 'numba' else 'GPU'} and the tensors are on {device}"
     if wide == torch.float64:
         return "it computes in float32 and the input is float64"
@@ -176,6 +176,10 @@ def _reason_against(backend: str, tensors: dict[str, Tensor], wide: torch.dtype)
 def _check(tensors: dict[str, Tensor]) -> None:
     """Raise a ValueError for the first tensor that does not fit `u` (B, D, L) and `A` (D, N)."""
     u, A = tensors["u"], tensors["A"]
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            kind = f"a {x.layout} tensor" if isinstance(x, Tensor) else f"of type {type(x).__name__}"
+            raise ValueError(f"{name} is {kind}; an ordinary (dense) torch.Tensor is needed")
     for name, x in tensors.items():
         if x.is_complex():
             raise ValueError(f"{name} is complex; only real numbers are supported, as Mamba's A = -exp(A_log)")

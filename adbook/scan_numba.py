@@ -112,7 +112,9 @@ class ScanInputs(NamedTuple):
     def arrays(self) -> tuple:
         """The arguments as the compiled loops take them."""
         z = self.u if self.z is None else self.z
-        a2 = np.ascontiguousarray(self.A.detach().numpy().T) * kernels.LOG2E  # (N, D): exp(Δ A) = 2**(Δ a2)
+        a2 = (
+            np.ascontiguousarray(self.A.detach().resolve_neg().numpy().T) * kernels.LOG2E
+        )  # (N, D): exp(Δ A) = 2**(Δ a2)
         initial = zeros(len(self.u), *a2.shape) if self.initial is None else self.initial
         u, delta, bias, initial, bc, skip, z = arrays_of(self.u, self.delta, self.bias, initial, self.bc, self.skip, z)
         return u, delta, bias, self.softplus, a2, initial, bc, skip, z, self.z_at, self.z is not None
@@ -126,7 +128,7 @@ class ScanOutputs(NamedTuple):
     """What a scan makes."""
 
     out: Tensor  # (B, L, D)
-    ungated: Tensor  # (B, L, D), for the adjoint; is `out` if there is no gate
+    ungated: Tensor  # (B, L, D), for the adjoint; empty if there is no gate
     stored: Tensor  # (B, blocks of STEPS, N, D), states for the adjoint
     last: Tensor  # (B, N, D)
 
@@ -136,7 +138,7 @@ class ScanOutputs(NamedTuple):
         (batch, length, channels), n_state = x.u.shape, x.A.shape[1]
         out = torch.empty_like(x.u)
         stored = x.u.new_empty(batch, -(-length // kernels.STEPS) if keep else 0, n_state, channels)
-        ungated = out if x.z is None else torch.empty_like(out)
+        ungated = x.u.new_empty(0, 0, 0) if x.z is None else torch.empty_like(out)
         return cls(out, ungated, stored, x.u.new_empty(batch, n_state, channels))
 
 
@@ -201,9 +203,15 @@ def _rows(x: Tensor | None) -> Tensor | None:
     """X (B, D, L) as contiguous (B, L, D)."""
     if x is None or x.transpose(1, 2).is_contiguous():
         return None if x is None else x.detach().transpose(1, 2)
-    rows = torch.empty(len(x), x.shape[2], x.shape[1])
+    rows = x.new_empty(len(x), x.shape[2], x.shape[1])
     _transpose(x, rows)
     return rows
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """X.transpose(1, 2), not as a view: an autograd function's view must not be changed in place."""
+    turned = x.transpose(1, 2)
+    return x.new_empty(0).set_(x.untyped_storage(), 0, turned.shape, turned.stride())
 
 
 class _Scan(torch.autograd.Function):
@@ -221,7 +229,7 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(u, delta, bias, A, bc, skip, z, made.ungated, made.stored)
         ctx.softplus, ctx.groups = softplus, B.shape[1]
         ctx.set_materialize_grads(False)
-        return made.out.transpose(1, 2), made.last.transpose(1, 2)
+        return _transposed(made.out), _transposed(made.last)
 
     @staticmethod
     @once_differentiable

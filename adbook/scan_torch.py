@@ -80,7 +80,7 @@ class _Scan(torch.autograd.Function):
             h = states[-1].clone()  # not a view, which would keep the block alive
             outputs.append(_by_group(states, C).mul(_steps_first(C, block)).sum(-1).flatten(2))  # (K, B, D)
         ctx.save_for_backward(u, delta, A, B, C, *borders)
-        return torch.cat(outputs).permute(1, 2, 0), h
+        return torch.cat(outputs).permute(1, 2, 0).contiguous(), h  # not a view, which could not be changed in place
 
     @staticmethod
     @once_differentiable
@@ -102,9 +102,9 @@ class _Scan(torch.autograd.Function):
             _add_reduced(d_B, block, _by_group(g, B) * _by_group(delta_k * u_k, B)[..., None])
             d_kick = (_by_group(g, B) * _steps_first(B, block)).sum(-1).flatten(2)  # gradient of Δ u, (K, B, D)
             g.mul_(decay).mul_(torch.cat([border[None], states[:-1]]))  # gradient of the exponent Δ A
-            d_A += torch.einsum("kbdn,kbd->dn", g, delta_k)
             d_u[..., block] = (d_kick * delta_k).permute(1, 2, 0)
             d_delta[..., block] = (d_kick * u_k + (g * A).sum(-1)).permute(1, 2, 0)
+            d_A += g.mul_(delta_k[..., None]).sum((0, 1))  # no matrix product, which autocast would narrow
         return d_u, d_delta, d_A, d_B, d_C, carried
 
 

@@ -9,6 +9,9 @@ narrow in memory; on the chip all are float32.
 The forward kernel keeps the state before each chunk, and the backward kernel, going from the last chunk to the first,
 recomputes the rest.  Gradients that several programs share (those of B and C) are written apart and added by PyTorch
 afterwards, always in the same order: the same input gives the same bits.
+
+A limit: where the decays of a chunk multiply to more than float32 holds (A or Δ of the wrong sign, and large), the
+result is NaN even if the states stay finite, as in mamba-ssm's kernel.
 """
 
 from __future__ import annotations
@@ -58,6 +61,15 @@ def _then(decay1, kick1, decay2, kick2):
 
 
 @triton.jit
+def _then_decayed(product1, decayed1, kick1, product2, decayed2, kick2):
+    """The same, told apart at the last step: the state after it is `decayed`, plus product · h, plus `kick`.
+
+    The adjoint wants the decayed state by itself; as a difference, state - kick, it would be lost in rounding.
+    """
+    return product1 * product2, decayed2 + product2 * (decayed1 + kick1), kick2
+
+
+@triton.jit
 def _before(decay2, product2, g2, decay1, product1, g1):
     """The adjoint of some steps (index 2), preceded by that of the steps before them (index 1).
 
@@ -75,8 +87,15 @@ def _column(x, index, at):
 
 
 @triton.jit
+def _exponents(A_ptr, d, d_inside, n, n_state):
+    """A log2(e) of state n, (channels, 1); finite, since a step outside multiplies it by 0."""
+    a = tl.load(A_ptr + d * n_state + n, mask=d_inside, other=0.0)[:, None] * _LOG2E
+    return tl.where(a < -3e38, -3e38, a)
+
+
+@triton.jit
 def _load_chunk(pointer, d, t, inside, stride_d):
-    return tl.load(pointer + d[:, None] * stride_d + t[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(pointer + d[:, None].to(tl.int64) * stride_d + t[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -141,7 +160,7 @@ def _forward(
         dtu = dt * u
         y = skip * u
         for n in range(n_state):
-            a = tl.load(A_ptr + d * n_state + n, mask=d_inside, other=0.0)[:, None] * _LOG2E
+            a = _exponents(A_ptr, d, d_inside, n, n_state)
             b_n = _load_map(B_ptr, d, t, d_inside, t_inside, n, n_state, B_n, B_VARIES)
             c_n = _load_map(C_ptr, d, t, d_inside, t_inside, n, n_state, C_n, C_VARIES)
             product, h = tl.associative_scan((tl.exp2(dt * a), dtu * b_n), 1, _then)
@@ -183,7 +202,7 @@ def _backward(
     d_A = tl.zeros([CHANNELS, N], tl.float32)
     d_B, d_C = d_A, d_A  # if constant
     d_D, d_bias = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    one = tl.full([CHANNELS, STEPS], 1.0, tl.float32)
+    zero, one = tl.zeros([CHANNELS, STEPS], tl.float32), tl.full([CHANNELS, STEPS], 1.0, tl.float32)
     for i in range(chunks):
         chunk = chunks - 1 - i
         t = chunk * STEPS + k
@@ -201,19 +220,20 @@ def _backward(
         y = skip * u  # only the gradient of z needs it
         d_dt, d_dtu = tl.zeros_like(u), tl.zeros_like(u)
         for n in range(n_state):
-            a = tl.load(A_ptr + d * n_state + n, mask=d_inside, other=0.0)[:, None] * _LOG2E
+            a = _exponents(A_ptr, d, d_inside, n, n_state)
             b_n = _load_map(B_ptr, d, t, d_inside, t_inside, n, n_state, B_n, B_VARIES)
             c_n = _load_map(C_ptr, d, t, d_inside, t_inside, n, n_state, C_n, C_VARIES)
             decay = tl.exp2(dt * a)
             kick = dtu * b_n
-            product, h = tl.associative_scan((decay, kick), 1, _then)
-            h += product * tl.load(before_ptr + n, mask=d_inside, other=0.0)[:, None]
+            product, decayed, _ = tl.associative_scan((decay, zero, kick), 1, _then_decayed)
+            decayed += product * tl.load(before_ptr + n, mask=d_inside, other=0.0)[:, None]
+            h = decayed + kick
             y += c_n * h
             _, product, g = tl.associative_scan((decay, one, d_y * c_n), 1, _before, reverse=True)
             g += product * _column(sent, n_index, n)[:, None]
             here = n_index[None, :] == n
             sent = tl.where(here, _column(decay * g, k, 0)[:, None], sent)
-            d_exponent = g * (h - kick)  # h - kick is the decayed state before
+            d_exponent = g * decayed
             d_dt += d_exponent * a
             d_dtu += g * b_n
             d_A += tl.where(here, tl.sum(d_exponent * dt, 1)[:, None], 0.0)

@@ -235,6 +235,44 @@ def test_numba_takes_any_mixture_of_memory_orders(length, channels):
         assert_close(differentiate(mixed, "numba"), expected, longest_sum(x) * ROUNDING)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("full", [True, False])
+def test_results_can_be_changed_in_place(backend, full):
+    x = {name: value.float().requires_grad_() for name, value in case(40, full=full).items()}
+
+    def results(change):
+        out, last = selective_scan(**x, delta_softplus=full, return_last_state=True, backend=backend)
+        out = out.mul_(2) if change else out * 2
+        if backend != "reference":  # there it is what autograd keeps of the last step
+            last = last.add_(1) if change else last + 1
+        return [out, last, *torch.autograd.grad(out.sum() + last.square().sum(), list(x.values()))]
+
+    assert all(map(torch.equal, results(True), results(False)))
+
+
+def test_defaults_of_torch_do_not_matter():
+    x = {name: value.float() for name, value in case(40).items()}
+    expected = differentiate(x, "numba")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            out, last = selective_scan(**x, delta_softplus=True, return_last_state=True, backend="numba")
+    finally:
+        torch.set_default_dtype(before)
+    assert out.dtype == last.dtype == torch.float32
+    assert torch.equal(out, expected["out"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_narrow_the_backward_pass(backend):
+    x = case(40)
+    expected = differentiate(x, "reference", torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = differentiate(x, backend, torch.float32)
+    assert_close(got, expected, longest_sum(x) * ROUNDING)
+
+
 class _Scans(torch.utils.data.Dataset):
     def __init__(self, x):
         self.x = x
@@ -295,6 +333,9 @@ def test_numba_is_loaded_only_when_used():
         ({"u": torch.zeros(2, 9, 12, dtype=torch.int64)}, r"u has dtype torch.int64; .*use u.float\(\)"),
         ({"z": torch.zeros(2, 9, 12, device="meta")}, "z is on meta and u on cpu; move all tensors to one device"),
         ({"initial_state": torch.zeros(2, 5, 9)}, r"initial_state has shape \(2, 5, 9\); u and A need \(2, 9, 5\)"),
+        ({"C": None}, "C is of type NoneType; an ordinary .* torch.Tensor is needed"),
+        ({"D": 1.0}, "D is of type float"),
+        ({"u": torch.zeros(2, 9, 12).to_sparse()}, "u is a torch.sparse_coo tensor"),
         ({"backend": "mamba_ssm"}, "it runs on the GPU and the tensors are on cpu; use 'auto' or 'torch'"),
         ({"A": torch.zeros(8, 5)}, r"A has shape \(8, 5\); u's 9 channels need \(9, states\)"),
         ({"u": torch.zeros(2, 9, 0)}, "three non-empty axes"),

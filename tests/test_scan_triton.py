@@ -52,6 +52,27 @@ def test_narrow_inputs_are_accumulated_in_float32(dtype):
     assert_close(got, differentiate(x, "reference", torch.float64), 2 * weighting)
 
 
+def test_gradients_of_states_that_forget_at_once_are_as_accurate_as_the_others():
+    """Each state's own error counts: that of A = -24 is e**-24 of the slowest one's, and a rounding of it is less."""
+    x = case(20, channels=4, n_state=6, full=False) | {"delta": torch.ones(2, 4, 20).double()}
+    x["A"] = -torch.tensor([1.0, 2, 4, 8, 16, 24]).double().repeat(4, 1)
+    expected, got = (
+        differentiate(x, *how)
+        for how in (("reference", torch.float64, False), ("triton", torch.float32, False, DEVICE))
+    )
+    error = (got["A"].double() - expected["A"]).abs().amax(0) / expected["A"].abs().amax(0)
+    assert (error < (20 * 2 + 2 * 24) * ROUNDING).all()  # sums over 2 × 20 steps; an exponent inherits its size
+
+
+def test_a_state_that_is_never_kept_gives_no_nan_beside_the_end():
+    x = {"u": torch.ones(1, 1, 3), "delta": torch.ones(1, 1, 3), "B": torch.ones(1, 1, 3), "C": torch.ones(1, 1, 3)}
+    x |= {"A": torch.tensor([[-torch.inf]])}
+    x = {name: value.to(DEVICE) for name, value in x.items()}
+    out, last = selective_scan(**x, return_last_state=True, backend="triton")
+    assert torch.equal(out.cpu(), torch.ones(1, 1, 3))
+    assert last.item() == 1
+
+
 def test_memory_order_does_not_matter():
     x = {name: value.float() for name, value in case(9, n_state=2).items()}
     turned = {name: v.transpose(0, -1).contiguous().transpose(0, -1) for name, v in x.items()}
