@@ -552,8 +552,8 @@ function drawActions(canvas, seen, size, color, look) {
     write(g, `a${j + 1}`, 4, y, look.text, { base: "middle" });
     g.save();
     g.beginPath();
-    for (let i = 0; i <= 60; i++) {
-      const v = -1.25 + (2.5 * i) / 60;
+    for (let i = 0; i <= 300; i++) {
+      const v = -1.25 + (2.5 * i) / 300;
       g.lineTo(x(v), y + 0.42 * row - 0.8 * row * Math.exp(-0.5 * ((v - mean) / Math.max(std, 0.012)) ** 2));
     }
     Object.assign(g, { fillStyle: color, globalAlpha: 0.35 });
