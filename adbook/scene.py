@@ -42,9 +42,7 @@ class _View:
 
 
 _VIEWS = {
-    "reacher-goal": _View(
-        "point", "fingertip", -0.01, (0, 0.02, 0), 0.9, -90, 62, goal_height=0.0, goal_radius=0.012
-    ),
+    "reacher-goal": _View("point", "fingertip", -0.01, (0, 0.02, 0), 0.9, -90, 62, goal_height=0.0, goal_radius=0.012),
     "pusher-goal": _View(
         "point", "object", -0.325, (0.22, -0.2, -0.12), 2.9, 50, 36, goal_height=-0.323, goal_radius=0.08
     ),
