@@ -39,7 +39,7 @@ lab: $(READY)
 	@$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build .parity .pytest_cache .ruff_cache .hypothesis
 
 # Anew when the pins or the package's own metadata change; the sources are used in place. PyTorch goes first, alone and
 # pinned, so that pip takes a CPU build where one is offered.

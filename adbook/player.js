@@ -326,15 +326,15 @@ function status(data, a, task, k, t, goal) {
   const here = place(t);
   if (scene.view.goal === "point") {
     const off = 100 * Math.hypot(here[0] - goal[0], here[1] - goal[1]);
-    return { text: `${number(off, 1)} cm from the goal`, name: "Distance to goal", value: `${number(off, 1)} cm` };
+    return { text: `${number(off, 1)} cm from the goal`, value: `${number(off, 1)} cm` };
   }
   const before = place(Math.max(t - 1, 0));
   const over = (Math.min(t, 1) || 1) * scene.dt;
   const speed = [here[0] - before[0], here[1] - before[1]].map((x) => x / over);
   const along = scene.view.goal === "velocity" ? speed[0] : speed[0] * Math.cos(goal[0]) + speed[1] * Math.sin(goal[0]);
   const wanted = scene.view.goal === "velocity" ? ` (wanted ${number(goal[0])})` : "";
-  const name = scene.view.goal === "velocity" ? "Velocity" : "Speed in the wanted direction";
-  return { text: `${number(along)} m/s${wanted}`, name, value: `${number(along)} m/s${wanted}` };
+  const text = `${number(along)} m/s${wanted}`;
+  return { text, value: text, speed: along };
 }
 
 function drawRobot(canvas, data, { a, task, k, t, goal, turn, color, ends }, look) {
@@ -392,7 +392,7 @@ function drawRobot(canvas, data, { a, task, k, t, goal, turn, color, ends }, loo
     const points = ring(eye, [goal[0], goal[1], view.goal_height], view.goal_radius).map(flat);
     line(g, [...points, points[0]], look.goal, 2, 0.9);
   }
-  if (view.goal === "velocity") velocityBar(g, width, height, status(data, a, task, k, t, goal), goal[0], color, look);
+  if (view.goal === "velocity") velocityBar(g, width, height, status(data, a, task, k, t, goal).speed, goal[0], color, look);
 }
 
 // Shadows of a light above: drawn apart, since where two overlap it is no darker.
@@ -421,12 +421,11 @@ function drawShadows(g, canvas, parts, eye, view, look) {
 }
 
 // Wanted and actual velocity on one scale at the bottom of the picture.
-function velocityBar(g, width, height, now, wanted, color, look) {
+function velocityBar(g, width, height, speed, wanted, color, look) {
   const [left, right, y] = [24, width - 24, height - 26];
   const at = (v) => left + (clamp(v, -1, 4) + 1) / 5 * (right - left);
   line(g, [[left, y], [right, y]], look.text, 2, 0.25);
   for (let v = -1; v <= 4; v++) write(g, number(v, 0), at(v), y + 17, look.text, { align: "center", alpha: 0.75 });
-  const speed = parseFloat(now.value.replace("−", "-"));
   line(g, [[at(0), y], [at(speed), y]], color, 6);
   line(g, [[at(wanted), y - 9], [at(wanted), y + 5]], look.goal, 3);
   write(g, "wanted", at(wanted), y - 13, look.goal, { align: "center" });
@@ -608,12 +607,11 @@ function build(model, data) {
     ? [make("details", { class: "adp-insight", open: "" }, make("summary", {}, "What the network sees and does"),
       make("div", {}, ui.actions, ui.sees))]
     : [];
-  const count = ui.panels.length;
   ui.root = make("div", { class: "adbook-player", role: "group", tabindex: 0, "aria-label": "Rollout player" },
     make("div", { class: "adp-main" },
       make("div", { class: "adp-side" }, make("label", {}, "Task ", ui.task), ui.map,
         make("p", { class: "adp-hint" }, "Goals it was tested on; faint: those it was trained on. Drag a robot to look around.")),
-      make("div", { class: `adp-panels adp-${Math.min(count, 4)}` }, ...ui.panels.map(({ root }) => root))),
+      make("div", { class: `adp-panels adp-${ui.panels.length}` }, ...ui.panels.map(({ root }) => root))),
     ui.timeline,
     make("div", { class: "adp-controls" }, ui.previous, ui.back, ui.play, ui.forward, ui.next,
       make("label", {}, "Speed ", ui.speed), ui.said),

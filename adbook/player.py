@@ -43,7 +43,7 @@ class RolloutPlayer(anywidget.AnyWidget):
     Args:
         rollouts: A rollout, or several by the agent's name, all of the same tasks and numbers of episodes.
         references: Returns to draw as horizontal lines, by name ("random", "source"): ``(n,)``, one a task.
-        insight: By agent, what `adbook.rollout.Watched.insight` gives for its rollout.
+        insight: By agent, what `adbook.Watched.insight` gives for its rollout.
 
     Attributes:
         task: Index of the task shown; set it to move the player, as with `episode` and `step`.

@@ -126,6 +126,16 @@ def _step_sizes(delta, inside, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _place(b, group, n_index, channels, width, n_state, CHANNELS: tl.constexpr):
+    """This program's channels, and where their states lie in (B, D, N); with what is inside of each."""
+    in_group = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    d, d_inside = group * width + in_group, in_group < width
+    row = b * channels + d
+    of_state = row[:, None] * n_state + n_index[None, :]
+    return d, d_inside, row, of_state, d_inside[:, None] & (n_index < n_state)[None, :]
+
+
+@triton.jit
 def _forward(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr,
     out_ptr, states_ptr, last_ptr,
@@ -135,11 +145,8 @@ def _forward(
     N: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     b, group = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    in_group = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    d, d_inside = group * width + in_group, in_group < width
     n_index, k = tl.arange(0, N), tl.arange(0, STEPS)
-    of_state = (b * channels + d)[:, None] * n_state + n_index[None, :]
-    state_inside = d_inside[:, None] & (n_index < n_state)[None, :]
+    d, d_inside, row, of_state, state_inside = _place(b, group, n_index, channels, width, n_state, CHANNELS)
     chunks = tl.cdiv(length, STEPS)
     B_ptr += b * B_b + group // b_groups * B_g
     C_ptr += b * C_b + group // c_groups * C_g
@@ -170,7 +177,7 @@ def _forward(
         if z_ptr is not None:
             z = _load_chunk(z_ptr + b * z_b, d, t, inside, z_d)
             y *= z * _sigmoid(z)
-        tl.store(out_ptr + (b * channels + d)[:, None] * length + t[None, :], y, mask=inside)
+        tl.store(out_ptr + row[:, None] * length + t[None, :], y, mask=inside)
     tl.store(last_ptr + of_state, state, mask=state_inside)
 
 
@@ -184,12 +191,8 @@ def _backward(
     N: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     b, group = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    in_group = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    d, d_inside = group * width + in_group, in_group < width
     n_index, k = tl.arange(0, N), tl.arange(0, STEPS)
-    row = b * channels + d
-    of_state = row[:, None] * n_state + n_index[None, :]
-    state_inside = d_inside[:, None] & (n_index < n_state)[None, :]
+    d, d_inside, row, of_state, state_inside = _place(b, group, n_index, channels, width, n_state, CHANNELS)
     chunks = tl.cdiv(length, STEPS)
     # Sums over this program's channels: (batch, programs of a sequence, N, L)
     part = (b * tl.num_programs(2) + group) * tl.num_programs(1) + tl.program_id(1)

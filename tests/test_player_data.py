@@ -1,0 +1,108 @@
+"""What the player stores and refuses, and the scene that it draws, without a page."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from player_cases import policy, recorded
+
+import adbook
+from adbook.insight import Watched
+from adbook.player import MOST_BYTES, RolloutPlayer
+from adbook.rollout import rollout
+from adbook.scene import scene
+from adbook.transformer import TransformerConfig
+
+
+@pytest.mark.parametrize("name", sorted(adbook.FAMILIES))
+def test_a_scene_is_plain_data_that_fits_the_model(name):
+    described = scene(adbook.family(name))
+    restored = json.loads(json.dumps(described))
+    assert all(restored[part] == described[part] for part in ("bodies", "shapes", "used"))
+    parents = [body["parent"] for body in described["bodies"]]
+    assert all(parent < i for i, parent in enumerate(parents))  # so that one pass does
+    assert {shape["role"] for shape in described["shapes"]} <= {"robot", "object", "frame"}
+    assert all(0 <= q < described["coordinates"] for q in described["used"])
+
+
+def _size(player):
+    return sum(4 * len(x) // 3 for x in (player.frames, player.rewards, player.seen))
+
+
+def test_the_books_own_recording_is_small():
+    assert _size(RolloutPlayer(recorded(tasks=16, episodes=20))) < 120_000
+
+
+def test_a_long_recording_keeps_fewer_frames_and_too_long_a_one_is_refused():
+    rollout = recorded("half-cheetah-vel", tasks=1, episodes=2)
+
+    def repeated(times):
+        arrays = {
+            name: np.repeat(getattr(rollout, name), times, axis=1) for name in ("returns", "rewards", "actions", "qpos")
+        }
+        noise = np.random.default_rng(0).normal(size=arrays["qpos"].shape)  # or it would be packed away
+        return replace(rollout, **arrays | {"qpos": (arrays["qpos"] + noise).astype(np.float32)})
+
+    player = RolloutPlayer(repeated(60))
+    assert player.stride > 1
+    assert _size(player) <= MOST_BYTES
+    with pytest.raises(ValueError, match=r"kB are left in all. Show fewer tasks or episodes"):
+        RolloutPlayer(repeated(300))
+
+
+def test_a_rollout_without_any_reward_can_be_shown():
+    rollout = recorded()
+    assert RolloutPlayer(replace(rollout, rewards=np.zeros_like(rollout.rewards))).reward_unit == 1
+
+
+def test_rollouts_that_do_not_fit_are_refused():
+    first, longer = recorded(), recorded(episodes=4)
+    with pytest.raises(ValueError, match="5 rollouts were given; the player shows one to four"):
+        RolloutPlayer(dict.fromkeys("abcde", first))
+    with pytest.raises(ValueError, match="0 rollouts"):
+        RolloutPlayer({})
+    with pytest.raises(ValueError, match=r"'a' and 'b' have .* play both for the same number of episodes"):
+        RolloutPlayer({"a": first, "b": longer})
+    with pytest.raises(ValueError, match="'a' and 'b' have different tasks"):
+        RolloutPlayer({"a": first, "b": recorded(tasks=1)})
+    with pytest.raises(ValueError, match="qpos has 4 coordinates and ant-dir's robot 15"):
+        RolloutPlayer(replace(first, family="ant-dir"))
+    with pytest.raises(ValueError, match="insight is given for 'other'"):
+        RolloutPlayer({"a": first}, insight={"other": {}})
+
+
+@pytest.mark.parametrize(("name", "value"), [("task", 2), ("episode", -1), ("step", 51)])
+def test_a_position_out_of_range_is_refused(name, value):
+    player = RolloutPlayer(recorded())
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must lie between 0 and"):
+        setattr(player, name, value)
+
+
+def test_a_reference_needs_one_return_a_task():
+    with pytest.raises(ValueError, match=r"references\['source'\] has shape \(3,\); it must be \(2,\)"):
+        RolloutPlayer(recorded(), references={"source": [-1, -2, -3]})
+
+
+def test_a_transformers_state_has_no_change():
+    family = adbook.family("reacher-goal")
+    watched = Watched(policy(TransformerConfig(d_model=16, n_layers=1, n_heads=2, context=100)))
+    seen = rollout(watched, family, family.test_tasks[:1], episodes=1)
+    insight = watched.insight(seen)
+    assert np.isnan(insight["change"]).all()
+    player = RolloutPlayer({"transformer": seen}, insight={"transformer": insight})
+    assert "change" not in player.insight["names"]
+
+
+def test_the_saved_page_works_from_the_disk_alone(browser, tmp_path):
+    path = RolloutPlayer(recorded(), references={"a </script> b": [-1, -2]}).save_html(tmp_path / "new" / "page.html")
+    page, requests = browser.new_page(color_scheme="dark"), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.get_by_role("status").filter(has_text="Episode 1 of 3, step 50 of 50").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("PageDown")
+    page.get_by_role("status").filter(has_text="Episode 2 of 3, step 0 of 50").wait_for()
+    assert page.title() == "RolloutPlayer(mamba: 2 tasks, 3 episodes, 50 steps)"
+    page.close()
+    assert requests == [path.as_uri()]
