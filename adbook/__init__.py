@@ -30,7 +30,9 @@ _MODULES = {
     "trained_policy": "experiments",
     "references": "experiments",
     "evaluate": "experiments",
+    "source_rollout": "replay",
     "RolloutPlayer": "player",
+    "LivePlayer": "live",
     "Watched": "insight",
 }
 

@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"adbook: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,6 +66,14 @@ def bench(options: argparse.Namespace) -> None:
         print(save_result(name, measured, experiments.RESULTS / "bench"))
 
 
+def pictures(options: argparse.Namespace) -> None:
+    """Take the README's pictures anew, of the book that `make book` built."""
+    from adbook.pictures import take_pictures
+
+    for path in take_pictures():
+        print(path)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m adbook", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -82,8 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         if run is ablations:
             command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
-    command.add_argument("names", nargs="*", metavar="NAME", help="scan, training, rollout or sources (default: all)")
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="scan, training, rollout, sources or player (default: all)"
+    )
     command.set_defaults(run=bench)
+    command = commands.add_parser("pictures", help=pictures.__doc__, description=pictures.__doc__)
+    command.set_defaults(run=pictures)
     return parser
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adbook.bench_player import bench_player
 from adbook.bench_scan import bench_scan, mambapy_scan
 from adbook.experiments import evaluate, profile
 from adbook.mamba import Mamba, MambaConfig
@@ -84,7 +85,13 @@ def bench_sources() -> dict[str, float | int]:
     return {"steps_per_second": settings.source.steps / (time.perf_counter() - start), "cores": 1}
 
 
-BENCHMARKS = {"scan": bench_scan, "training": bench_training, "rollout": bench_rollout, "sources": bench_sources}
+BENCHMARKS = {
+    "scan": bench_scan,
+    "training": bench_training,
+    "rollout": bench_rollout,
+    "sources": bench_sources,
+    "player": bench_player,
+}
 
 
 class _Timed(ADPolicy):

@@ -13,6 +13,8 @@ from adbook.rollout import Rollout
 class Watched(nn.Module):
     """A policy that acts as the one it is given and notes what that did; roll it out once, then ask for `insight`.
 
+    What is noted begins anew with every `init_state`.
+
     Args:
         policy: With a Gaussian head or a deterministic one.
     """
@@ -21,12 +23,11 @@ class Watched(nn.Module):
         """See the class."""
         super().__init__()
         self.policy, self.config = policy, policy.config
-        self._means: list[Tensor] = []
-        self._stds: list[Tensor] = []
-        self._changes: list[Tensor] = []
+        self._steps: list[dict[str, Tensor]] = []
 
     def init_state(self, n: int) -> PolicyState:
         """The policy's own."""
+        self._steps.clear()
         return self.policy.init_state(n)
 
     def act(self, observation: Tensor, reward: Tensor | None, start: Tensor, state: PolicyState, **options):
@@ -39,24 +40,41 @@ class Watched(nn.Module):
             hook.remove()
         mean, log_std = self.policy._head(hidden[0])
         std = log_std.exp() if self.config.head == "gaussian" else torch.zeros_like(mean)
-        self._means.append(mean.cpu())
-        self._stds.append(std.cpu())
-        self._changes.append(_change(state.backbone, after.backbone).cpu())
+        noted = {"mean": mean, "std": std, "action": action / self.config.action_scale}
+        noted["change"] = _change(state.backbone, after.backbone)
+        self._steps.append({name: value.cpu() for name, value in noted.items()})
         return action, after
+
+    @property
+    def context(self) -> int | None:
+        """How many steps the policy can remember; None for a state that no length is built into."""
+        return getattr(self.config.backbone, "context", None)
+
+    def noted(self, first: int = 0) -> dict[str, np.ndarray]:
+        """What was noted from a step on, in the order of the steps.
+
+        Returns:
+            By name, each ``(n, steps)``: "mean 1", "std 1", "action 1" and so on for every component of the action, in
+            units of the largest action; and "change", by how much the state changed at that step relative to its size
+            (NaN for a transformer, whose state grows instead).
+        """
+        steps = self._steps[first:]
+        size = self.config.action_size
+        columns = {f"{name} {j + 1}": (name, j) for j in range(size) for name in ("mean", "std", "action")}
+        if not steps:
+            return dict.fromkeys([*columns, "change"], np.zeros((1, 0)))
+        values = {name: torch.stack([step[name] for step in steps], 1).numpy() for name in steps[0]}
+        return {column: values[name][..., j] for column, (name, j) in columns.items()} | {"change": values["change"]}
 
     def insight(self, rollout: Rollout) -> dict[str, np.ndarray]:
         """What was noted in that rollout, sorted by episode.
 
         Returns:
-            By name, each ``(n, K, T)``: "mean 1", "std 1", "action 1" and so on for every component of the action,
-            in units of the largest action; and "change", by how much the state changed at that step relative to its
-            size (NaN for a transformer, whose state grows instead).
+            As `noted`, but each ``(n, K, T)``; and "context" ``()``, the steps that the policy can remember, unless no
+            length is built into it.
         """
-        noted = {"mean": self._means, "std": self._stds}
-        values = {name: rollout.by_episode(torch.stack(x, 1).numpy()) for name, x in noted.items()}
-        values["action"] = rollout.actions / self.config.action_scale
-        columns = {f"{name} {j + 1}": values[name][..., j] for j in range(self.config.action_size) for name in values}
-        return columns | {"change": rollout.by_episode(torch.stack(self._changes, 1).numpy())}
+        limit = {} if self.context is None else {"context": np.array(self.context)}
+        return {name: rollout.by_episode(values) for name, values in self.noted().items()} | limit
 
 
 def _change(before: object, after: object) -> Tensor:

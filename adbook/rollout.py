@@ -10,11 +10,9 @@ Symbols: ``n`` tasks side by side (one environment each), ``K`` episodes, ``T`` 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adbook.files import write_whole
+from adbook.play import Recorder, play
 
 if TYPE_CHECKING:
-    import gymnasium
-
     from adbook.tasks import Task, TaskFamily
 
 SCHEMA = 1  # version of the file format below; raise it when a stored field changes meaning or shape
@@ -98,6 +95,16 @@ class Rollout:
             for k, start in enumerate(np.cumsum(lengths) - lengths):
                 sorted_values[i, k, : lengths[k]] = values[i, start : start + lengths[k]]
         return sorted_values
+
+    @classmethod
+    def of(cls, record: Recorder, metadata: dict[str, Any]) -> Rollout:
+        """The episodes of a record that every task has finished; there may be none."""
+        split = "+".join(sorted({task.split for task in record.tasks}))
+        done = slice(int(record.episode.min()))
+        rewards, actions, qpos = (x[:, done] for x in (record.rewards, record.actions, record.qpos))
+        returns = np.nansum(rewards, axis=-1, dtype=np.float64).astype(np.float32)
+        metadata = {"family_split": record.family.split, **metadata}
+        return cls(record.family.name, split, record.tasks, returns, rewards, actions, qpos, metadata)
 
     def __repr__(self) -> str:
         """One line: family, split and the shape of every array."""
@@ -232,130 +239,8 @@ def rollout(
             action that is not finite.
         RuntimeError: A parameter of the policy changed while it ran.
     """
-    _check_request(policy, family, tasks, episodes)
-    children = np.random.SeedSequence(seed).spawn(len(tasks) + 1)
-    policy_seed, *env_seeds = (int(child.generate_state(1)[0]) for child in children)
-    device = next((p.device for p in policy.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device).manual_seed(policy_seed)
-    was_training, before = policy.training, _checksum(policy)
-    policy.eval()
-    with ExitStack() as stack:
-        stack.callback(policy.train, was_training)
-        # One thread: a step is too little work to share, and threads that wait for each other stall on a busy machine.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        envs = []
-        for task in tasks:
-            envs.append(family.make(task))
-            stack.callback(envs[-1].close)
-        bar = stack.enter_context(tqdm(total=len(tasks) * episodes, unit="episode", disable=not progress))
-        stack.enter_context(torch.inference_mode())
-        record = _Recorder(envs, env_seeds, family, episodes, bar)
-        state, reward = policy.init_state(len(tasks)), np.zeros(len(tasks), np.float32)
-        while record.active.any():
-            batch = (torch.from_numpy(x.copy()).to(device) for x in (record.observation, reward, record.start))
-            observation, fed, start = batch
-            fed = None if withhold_reward else fed
-            action, state = policy.act(observation, fed, start, state, deterministic=deterministic, generator=generator)
-            reward = record.step(action.float().cpu().numpy())
-    if _checksum(policy) != before:
-        raise RuntimeError("The policy's parameters changed during the rollout; they must stay frozen.")
-    flags = {"seed": seed, "deterministic": deterministic, "withhold_reward": withhold_reward}
-    return record.finish(tasks, {"family_split": family.split, **flags})
-
-
-class _Recorder:
-    """The environments of a rollout: steps those still active and writes down what happens."""
-
-    def __init__(
-        self, envs: Sequence[gymnasium.Env], seeds: Sequence[int], family: TaskFamily, episodes: int, bar: tqdm
-    ) -> None:
-        n, horizon, action_size = len(envs), family.horizon, family.action_size
-        self.envs, self.family, self.bar = envs, family, bar
-        self.observation = np.zeros((n, family.observation_size), np.float32)  # (n, O), what the policy sees
-        self.start = np.ones(n, bool)  # (n,), whether that observation opens an episode
-        self.active = np.ones(n, bool)  # (n,), whether the task has episodes left
-        self.episode, self.t = np.zeros(n, int), np.zeros(n, int)
-        self.rewards = np.full((n, episodes, horizon), np.nan, np.float32)
-        self.actions = np.full((n, episodes, horizon, action_size), np.nan, np.float32)
-        nq = len(_qpos(envs[0]))
-        self.qpos = np.full((n, episodes, horizon + 1, nq), np.nan, np.float32)
-        for i, seed in enumerate(seeds):
-            self._reset(i, seed)
-
-    def step(self, actions: np.ndarray) -> np.ndarray:
-        """Apply ``(n, A)`` actions; returns the rewards ``(n,)``, 0 for a task that has finished."""
-        rewards = np.zeros(len(self.envs), np.float32)
-        self.start[:] = False
-        for i in np.flatnonzero(self.active):
-            rewards[i] = self._step_one(i, actions[i])
-        return rewards
-
-    def _step_one(self, i: int, action: np.ndarray) -> float:
-        if not np.isfinite(action).all():
-            raise ValueError(
-                f"The action for task {i} is {action} in episode {self.episode[i]}, step {self.t[i]}; "
-                "it must be finite. Check the checkpoint and the scale of the observations."
-            )
-        space = self.envs[i].action_space
-        action = np.clip(action, space.low, space.high)
-        observation, reward, terminated, truncated, _ = self.envs[i].step(action)
-        at = (i, self.episode[i], self.t[i])
-        self.actions[at], self.rewards[at] = action, reward
-        self.observation[i] = observation
-        self.t[i] += 1
-        self.qpos[i, self.episode[i], self.t[i]] = _qpos(self.envs[i])
-        if terminated or truncated:
-            self._end_episode(i)
-        return reward
-
-    def _end_episode(self, i: int) -> None:
-        self.bar.update()
-        self.episode[i] += 1
-        if self.episode[i] < self.rewards.shape[1]:
-            self._reset(i)
-        else:  # its row is fed zeros until the other tasks have finished
-            self.active[i], self.observation[i] = False, 0
-
-    def _reset(self, i: int, seed: int | None = None) -> None:
-        self.observation[i], _ = self.envs[i].reset(seed=seed)
-        self.start[i], self.t[i] = True, 0
-        self.qpos[i, self.episode[i], 0] = _qpos(self.envs[i])
-
-    def finish(self, tasks: Sequence[Task], settings: dict[str, Any]) -> Rollout:
-        """The record as a `Rollout`."""
-        split = "+".join(sorted({task.split for task in tasks}))
-        returns = np.nansum(self.rewards, axis=-1, dtype=np.float64).astype(np.float32)
-        arrays = returns, self.rewards, self.actions, self.qpos
-        return Rollout(self.family.name, split, tuple(tasks), *arrays, settings)
-
-
-def _qpos(env: gymnasium.Env) -> np.ndarray:
-    return env.unwrapped.data.qpos.astype(np.float32)
-
-
-def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task], episodes: int) -> None:
-    """Refuse what cannot work before any environment is made."""
-    if not tasks:
-        raise ValueError("tasks is empty; give at least one, for example family.test_tasks.")
-    if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; it must be at least 1.")
-    foreign = sorted({task.family for task in tasks} - {family.name})
-    if foreign:
-        raise ValueError(f"tasks of {', '.join(foreign)} given with family {family.name!r}; use its own.")
-    config = getattr(policy, "config", None)  # a RandomPolicy fits every observation and has none
-    for size in ("observation_size", "action_size"):
-        if config is not None and getattr(config, size) != getattr(family, size):
-            raise ValueError(
-                f"The policy has {size} {getattr(config, size)}, {family.name} has {getattr(family, size)}; "
-                "give a policy that was trained on this family."
-            )
-
-
-def _checksum(policy: nn.Module) -> str:
-    """Digest of every parameter and buffer."""
-    digest = hashlib.blake2b()
-    for name, tensor in policy.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    options = {"deterministic": deterministic, "withhold_reward": withhold_reward}
+    with tqdm(total=len(tasks) * episodes, unit="episode", disable=not progress) as bar:
+        for record in play(policy, family, tasks, episodes=episodes, seed=seed, **options):
+            bar.update(int(record.episode.sum()) - bar.n)
+    return Rollout.of(record, {"seed": seed, **options})

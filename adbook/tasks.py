@@ -65,7 +65,29 @@ def _checked_goal(goal: Goal, size: int, low: float, high: float, what: str) -> 
     return vector
 
 
-class ReacherGoalEnv(ReacherEnv):
+class _HiddenGoal:
+    """What the four environments share: a goal that may be moved between two episodes, ``env.unwrapped.goal = (x, y)``.
+
+    Attributes:
+        goal_size: length of the goal.
+        goal_range: smallest and largest value of it, or of its norm if it has two numbers.
+    """
+
+    goal_size: int
+    goal_range: tuple[float, float]
+    _allowed: str
+
+    @property
+    def goal(self) -> np.ndarray:
+        """The goal, (goal_size,) float64; setting another raises ValueError where it is out of range."""
+        return self._goal
+
+    @goal.setter
+    def goal(self, goal: Goal) -> None:
+        self._goal = _checked_goal(goal, self.goal_size, *self.goal_range, self._allowed)
+
+
+class ReacherGoalEnv(_HiddenGoal, ReacherEnv):
     """Reacher-v5 with a hidden goal.
 
     Observation (8): cos q0, cos q1, sin q0, sin q1, q̇0, q̇1 (rad/s), fingertip x, y (m). Action (2): joint torques in
@@ -73,9 +95,12 @@ class ReacherGoalEnv(ReacherEnv):
     the fingertip: both would give the goal away.
     """
 
+    goal_size, goal_range = 2, (0.0, 0.25)
+    _allowed = "a point (x, y) at most 0.25 m from the base"
+
     def __init__(self, goal: Goal = (0.1, -0.1), **kwargs):
         """Place the hidden goal at `goal`, (x, y) in m, at most 0.25 m from the arm's base."""
-        self.goal = _checked_goal(goal, 2, 0.0, 0.25, "a point (x, y) at most 0.25 m from the base")
+        self.goal = goal
         super().__init__(reward_control_weight=0.1, **kwargs)
         utils.EzPickle.__init__(self, goal=goal, **kwargs)
         self.observation_space = spaces.Box(-np.inf, np.inf, (8,), np.float64)
@@ -104,7 +129,7 @@ class ReacherGoalEnv(ReacherEnv):
         return np.concatenate((np.cos(angle), np.sin(angle), self.data.qvel[:2], self._tip[:2]))
 
 
-class PusherGoalEnv(PusherEnv):
+class PusherGoalEnv(_HiddenGoal, PusherEnv):
     """Pusher-v5 with a hidden goal, `goal` = (x, y) in m relative to the table's centre mark.
 
     Observation (20): 7 joint angles, 7 joint velocities, fingertip xyz, object xyz. Action (7): torques in [-2, 2].
@@ -112,9 +137,12 @@ class PusherGoalEnv(PusherEnv):
     does not depend on the goal: a start kept away from the goal would give it away.
     """
 
+    goal_size, goal_range = 2, (0.0, 0.25)
+    _allowed = "a point (x, y) at most 0.25 m from the table's mark"
+
     def __init__(self, goal: Goal = (0.0, 0.0), **kwargs):
         """Place the hidden goal at `goal`, (x, y) in m, at most 0.25 m from the table's centre mark."""
-        self.goal = _checked_goal(goal, 2, 0.0, 0.25, "a point (x, y) at most 0.25 m from the table's mark")
+        self.goal = goal
         super().__init__(**kwargs)
         utils.EzPickle.__init__(self, goal=goal, **kwargs)
         self.observation_space = spaces.Box(-np.inf, np.inf, (20,), np.float64)
@@ -140,15 +168,18 @@ class PusherGoalEnv(PusherEnv):
         return np.concatenate((*joints, self.get_body_com("tips_arm"), self.get_body_com("object")))
 
 
-class HalfCheetahVelEnv(HalfCheetahEnv):
+class HalfCheetahVelEnv(_HiddenGoal, HalfCheetahEnv):
     """HalfCheetah-v5 that is asked for a hidden forward velocity, `goal` in m/s.
 
     Observation (17) and action (6) are HalfCheetah-v5's. Reward: -|v_x - goal| - 0.05 ‖a‖². Never terminates.
     """
 
+    goal_size, goal_range = 1, (-3.0, 5.0)
+    _allowed = "a velocity from -3 to 5 m/s"
+
     def __init__(self, goal: Goal = 1.0, **kwargs):
         """Ask for the forward velocity `goal`, in m/s, from -3 to 5."""
-        self.goal = _checked_goal(goal, 1, -3.0, 5.0, "a velocity from -3 to 5 m/s")
+        self.goal = goal
         super().__init__(**kwargs)
         utils.EzPickle.__init__(self, goal=goal, **kwargs)
 
@@ -170,24 +201,27 @@ class HalfCheetahVelEnv(HalfCheetahEnv):
         return observation, -error - control, terminated, truncated, info
 
 
-class AntDirEnv(AntEnv):
+class AntDirEnv(_HiddenGoal, AntEnv):
     """Ant-v5 that is paid for velocity along a hidden direction, `goal` in rad.
 
     Observation (27, without contact forces) and action (8) are Ant-v5's. Reward: v · (cos goal, sin goal) - 0.5 ‖a‖²
     - contact cost + 1 while healthy; the episode ends when the torso's height leaves [0.2, 1.0] m.
     """
 
+    goal_size, goal_range = 1, (0.0, 2 * math.pi)
+    _allowed = "a direction from 0 to 2π rad"
+
     def __init__(self, goal: Goal = 0.0, **kwargs):
         """Pay for moving along `goal`, an angle in rad from 0 to 2π."""
-        self.goal = _checked_goal(goal, 1, 0.0, 2 * math.pi, "a direction from 0 to 2π rad")
-        self._direction = np.array([math.cos(self.goal[0]), math.sin(self.goal[0])])
+        self.goal = goal
         super().__init__(include_cfrc_ext_in_observation=False, **kwargs)
         utils.EzPickle.__init__(self, goal=goal, **kwargs)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Apply eight torques for 0.05 s."""
         observation, reward, terminated, truncated, info = super().step(action)
-        forward = float(self._direction @ (info["x_velocity"], info["y_velocity"]))
+        direction = math.cos(self.goal[0]), math.sin(self.goal[0])
+        forward = float(np.dot(direction, (info["x_velocity"], info["y_velocity"])))
         reward = float(reward - info["reward_forward"] + forward)
         return observation, reward, terminated, truncated, info | {"reward_forward": forward}
 

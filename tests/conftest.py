@@ -1,7 +1,6 @@
 """Fixtures that several test modules share, and the rule that CI skips nothing."""
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,17 +10,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# No services of the browser's own: every request that a test sees is a page's.
-BROWSER_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
@@ -47,18 +35,54 @@ def smoke_book(tmp_path_factory) -> BuiltBook:
     return BuiltBook(folder / "html", folder / "stage" / "notebooks")
 
 
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Where Chromium is; where there is none, a skip that names the remedy (under CI a failure)."""
+    from adbook import bench_player
+
+    try:
+        return bench_player.chromium()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium; where there is none, a skip that names the remedy (under CI a failure)."""
+def browser(chromium):
+    """Headless Chromium."""
     from playwright.sync_api import sync_playwright
 
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium: install it (Debian, Ubuntu: apt-get install chromium)")
+    from adbook.bench_player import BROWSER_FLAGS
+
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
+        running = playwright.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
         yield running
         running.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Opens a player; in the end no page may have failed, complained or asked for a file."""
+    from player_cases import player_page, recorded
+
+    from adbook.player import RolloutPlayer
+
+    pages, troubles = [], []
+
+    def opened(player=None, width=800, **context):
+        page = browser.new_page(**context)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("request", lambda request: troubles.append(request.url))
+        player = player or RolloutPlayer(recorded(), references={"random": [-12.0, -9.0]})
+        page.set_content(player_page(player, width, tmp_path))
+        page.wait_for_function("window.test")
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert [t for t in troubles if not t.startswith("blob:")] == []
 
 
 def pytest_sessionfinish(session):

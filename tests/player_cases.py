@@ -1,4 +1,4 @@
-"""What the tests of the player share: recorded rollouts, and a small policy."""
+"""What the tests of the player share: recorded rollouts, a small policy, and a look at the page."""
 
 from functools import lru_cache
 
@@ -21,3 +21,31 @@ def recorded(name="reacher-goal", tasks=2, episodes=EPISODES, seed=1):
 def policy(backbone, **changes):
     torch.manual_seed(0)
     return ADPolicy(PolicyConfig(8, 2, backbone=backbone, **changes)).eval()
+
+
+def player_page(player, width, folder):
+    """The player's own page, with what tests look at made visible to them."""
+    page = player.save_html(folder / "player.html").read_text()
+    hook = f"""document.getElementById("player").style.width = "{width}px";
+      const data = await decode(model).catch(() => null);
+      window.test = {{ model, remove, listeners, kinematics, data }};
+      </script>"""
+    return page.replace("</script>", hook)
+
+
+def place(page):
+    """Task, episode and step, once what was asked for is drawn."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return tuple(page.evaluate("['task', 'episode', 'step'].map((name) => test.model.get(name))"))
+
+
+def pictures(page, select="canvas"):
+    """The canvases' pictures as text."""
+    place(page)
+    return page.evaluate(f"[...document.querySelectorAll('{select}')].map((c) => c.toDataURL())")
+
+
+def said(page):
+    """The text that stands for what is shown."""
+    place(page)
+    return page.get_by_role("status").inner_text()

@@ -1,12 +1,14 @@
-"""The benchmark of the scan: what is compared does the same work, and the record has what the chapter draws."""
+"""The benchmarks of scan and player: what is compared does the same work, and the records have what is shown."""
 
+import json
 import math
+import sys
 from functools import partial
 
 import pytest
 import torch
 
-from adbook import bench_scan
+from adbook import bench_player, bench_scan
 from adbook.scan import selective_scan
 
 
@@ -64,6 +66,57 @@ def test_methods_that_are_compared_in_time_compute_the_same_function():
 
 
 def test_mambapy_is_asked_for_before_any_work(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mambapy", None)
+    monkeypatch.setitem(sys.modules, "mambapy", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install mambapy==1.2.0 --no-deps"):
         bench_scan.bench_scan()
+
+
+@pytest.fixture
+def tiny_recordings(monkeypatch):
+    monkeypatch.setattr(bench_player, "_SIZES", {})
+    monkeypatch.setattr(bench_player, "_SIZE", (1, 2))
+
+
+def test_the_players_record_has_rates_and_sizes_of_every_player(chromium, tiny_recordings, tmp_path):
+    players = (("ant-dir", 1), ("reacher-goal", 2))
+    result = bench_player.bench_player(players, loads=1, seconds=1, site=tmp_path)
+    assert result["drawn_ms"] > 0
+    assert result["first_paint_ms"] > 0
+    assert result["book"] == {"missing": "notebooks/05_in_context_rollouts.html is not built; run `make book` first"}
+    assert result["players"].keys() == {"ant-dir, 1 agents", "reacher-goal, 2 agents"}
+    for name, measured in result["players"].items():
+        assert 0 < measured["pictures"] <= measured["frames"], name
+        assert 0 < measured["frames_with_a_move"] <= measured["frames"], name
+        assert measured["program_bytes"] < measured["payload_bytes"], name
+    assert result["fewest_pictures_per_second"] == min(p["pictures"] for p in result["players"].values())
+
+
+def test_a_players_payload_is_its_recording_in_base_64_beside_its_program(tiny_recordings):
+    player = bench_player._player("reacher-goal", 2)
+    sizes = bench_player._bytes(player)
+    recorded = sum(len(value) for value in player.get_state().values() if isinstance(value, bytes))
+    rest = sizes["payload_bytes"] - sizes["program_bytes"] - 4 * recorded / 3
+    described = sum(
+        len(json.dumps(getattr(player, name))) for name in ("scene", "agents", "tasks", "others", "returns")
+    )
+    assert described < rest < described + 4000  # also names and the layout's own state
+
+
+def test_the_chapter_is_measured_where_the_book_is_built(chromium, tiny_recordings, tmp_path):
+    bench_player._player("reacher-goal", 2).save_html(tmp_path / bench_player.CHAPTER)
+    result = bench_player.bench_player((("reacher-goal", 1),), loads=1, seconds=0.1, site=tmp_path)
+    assert result["book"].keys() == {"page", "first_paint_ms", "drawn_ms"}
+
+
+@pytest.mark.parametrize(("missing", "error", "remedy"), [
+    ("playwright", ModuleNotFoundError, r"pip install -r requirements\.txt"),
+    ("chromium", ValueError, "apt-get install chromium"),
+])  # fmt: skip
+def test_what_the_players_benchmark_needs_is_asked_for_before_any_work(monkeypatch, missing, error, remedy):
+    monkeypatch.setattr(bench_player, "_player", None)
+    if missing == "playwright":
+        monkeypatch.setitem(sys.modules, "playwright.async_api", None)
+    else:
+        monkeypatch.setattr(bench_player.shutil, "which", lambda name: None)
+    with pytest.raises(error, match=remedy):
+        bench_player.bench_player()

@@ -5,20 +5,19 @@ import hashlib
 import re
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from browsing import listen
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from playwright.sync_api import expect
 
+from adbook.bench_player import serve
 from adbook.book import BookError, build, build_site, execute, tidy
 from adbook.experiments import PROFILES
 
@@ -230,19 +229,8 @@ class Visit:
 @pytest.fixture(scope="module")
 def served(smoke_book):
     """The built site's address on a plain file server."""
-    handler = partial(QuietHandler, directory=smoke_book.site)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files and logs nothing."""
-
-    def log_message(self, *_):
-        """Say nothing."""
+    with serve(smoke_book.site) as base:
+        yield base
 
 
 @pytest.fixture(scope="module")
@@ -288,17 +276,7 @@ def test_player_moves_by_click_and_by_keyboard(smoke_book, served, browser, sche
 
 def _visit(context, base, path) -> Visit:
     page, visit = context.new_page(), Visit(path.as_posix())
-
-    def check(route):
-        if route.request.url.startswith((base, "data:", "blob:")):
-            return route.continue_()
-        visit.foreign.append(route.request.url)
-        return route.abort()
-
-    page.route("**/*", check)
-    page.on("pageerror", lambda error: visit.errors.append(str(error)))
-    page.on("console", lambda message: visit.errors.append(message.text) if message.type == "error" else None)
-    page.on("response", lambda response: visit.errors.append(response.url) if response.status >= 400 else None)
+    heard = listen(page, base)
     # Not "networkidle", which may come while a busy machine is still reading the page.
     page.goto(f"{base}/{path.as_posix()}", wait_until="load", timeout=120_000)
     with suppress(AssertionError):  # what is not drawn in time is counted, so that the test can name the page
@@ -308,6 +286,8 @@ def _visit(context, base, path) -> Visit:
     page.set_viewport_size({"width": 390, "height": 800})
     visit.overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
     page.close()
+    visit.foreign = heard.foreign
+    visit.errors = [text for text in heard.said if text.startswith("error: ")]
     return visit
 
 

@@ -6,62 +6,13 @@ from dataclasses import replace
 import mujoco
 import numpy as np
 import pytest
-from player_cases import EPISODES, STEPS, policy, recorded
+from player_cases import EPISODES, STEPS, pictures, place, policy, recorded, said
 
 import adbook
 from adbook.insight import Watched
 from adbook.mamba import MambaConfig
 from adbook.player import RolloutPlayer
 from adbook.rollout import rollout
-
-
-@pytest.fixture
-def open_page(browser, tmp_path):
-    """Opens a player; in the end no page may have failed, complained or asked for a file."""
-    pages, troubles = [], []
-
-    def opened(player=None, width=800, **context):
-        page = browser.new_page(**context)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("request", lambda request: troubles.append(request.url))
-        player = player or RolloutPlayer(recorded(), references={"random": [-12.0, -9.0]})
-        page.set_content(_page(player, width, tmp_path))
-        page.wait_for_function("window.test")
-        pages.append(page)
-        return page
-
-    yield opened
-    for page in pages:
-        page.close()
-    assert [t for t in troubles if not t.startswith("blob:")] == []
-
-
-def _page(player, width, folder):
-    """The player's own page, with what tests look at made visible to them."""
-    page = player.save_html(folder / "player.html").read_text()
-    hook = f"""document.getElementById("player").style.width = "{width}px";
-      const data = await decode(model).catch(() => null);
-      window.test = {{ model, remove, listeners, kinematics, data }};
-      </script>"""
-    return page.replace("</script>", hook)
-
-
-def _place(page):
-    """Task, episode and step, once what was asked for is drawn."""
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    return tuple(page.evaluate("['task', 'episode', 'step'].map((name) => test.model.get(name))"))
-
-
-def _pictures(page, select="canvas"):
-    _place(page)
-    return page.evaluate(f"[...document.querySelectorAll('{select}')].map((c) => c.toDataURL())")
-
-
-def _said(page):
-    _place(page)
-    return page.get_by_role("status").inner_text()
-
 
 # ----------------------------------------------------------------------------------------------------------
 # what is drawn
@@ -104,14 +55,14 @@ def _is_drawn(scene, body):
 def test_every_family_is_drawn_and_moves(open_page, name):
     page = open_page(RolloutPlayer(recorded(name, tasks=1, episodes=2)))
     page.evaluate("test.model.set('step', 0)")
-    before = _pictures(page, ".adp-robot")[0]
+    before = pictures(page, ".adp-robot")[0]
     page.evaluate("test.model.set('step', 8)")
-    assert _pictures(page, ".adp-robot")[0] != before
+    assert pictures(page, ".adp-robot")[0] != before
     assert len(before) > 8000  # an empty canvas of this size is a few hundred characters
 
 
 def test_between_kept_frames_the_page_interpolates(open_page, monkeypatch):
-    monkeypatch.setattr("adbook.player._STRIDES", (4,))
+    monkeypatch.setattr("adbook.recording._STRIDES", (4,))
     rollout = recorded()
     player = RolloutPlayer(rollout)
     page = open_page(player)
@@ -139,7 +90,7 @@ def test_after_an_early_end_the_robot_stays_where_it_was(open_page):
     same = page.evaluate("[30, 31, 200].map((t) => JSON.stringify(Array.from(test.data.qpos(0, 0, 1, t))))")
     assert len(set(same)) == 1
     page.evaluate("test.model.set('episode', 1)")
-    assert "ended early" in _said(page)
+    assert "ended early" in said(page)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,7 +100,7 @@ def test_after_an_early_end_the_robot_stays_where_it_was(open_page):
 def test_keys_move_step_episode_and_task(open_page):
     page = open_page()
     page.get_by_role("group", name="Rollout player").focus()
-    assert _place(page) == (0, 0, 50)
+    assert place(page) == (0, 0, 50)
     for key, expected in [
         ("ArrowLeft", (0, 0, 49)),
         ("PageDown", (0, 1, 0)),
@@ -163,7 +114,7 @@ def test_keys_move_step_episode_and_task(open_page):
         ("ArrowLeft", (0, 0, 0)),
     ]:
         page.keyboard.press(key)
-        assert _place(page) == expected, key
+        assert place(page) == expected, key
     assert page.get_by_role("slider").get_attribute("aria-valuetext") == "Episode 1 of 3, step 0 of 50"
     page.keyboard.press("+")
     assert page.get_by_label("Speed").input_value() == "2"
@@ -178,16 +129,16 @@ def test_click_and_drag_on_the_time_line_go_there(open_page):
         return box["x"] + 46 + position / EPISODES * inside, box["y"] + 70
 
     page.mouse.click(*at(1.5))
-    assert _place(page)[1:] == (1, pytest.approx(25, abs=1))
-    before = _pictures(page, ".adp-robot")
+    assert place(page)[1:] == (1, pytest.approx(25, abs=1))
+    before = pictures(page, ".adp-robot")
     page.mouse.move(*at(1.5))
     page.mouse.down()
     page.mouse.move(*at(2.2), steps=4)
-    assert _place(page)[1:] == (2, pytest.approx(10, abs=1))
-    assert _pictures(page, ".adp-robot") != before
+    assert place(page)[1:] == (2, pytest.approx(10, abs=1))
+    assert pictures(page, ".adp-robot") != before
     page.mouse.up()
     page.mouse.move(*at(0.1))
-    assert _place(page)[1] == 2  # the button is up
+    assert place(page)[1] == 2  # the button is up
 
 
 def test_the_map_and_the_menu_choose_a_task(open_page):
@@ -201,23 +152,23 @@ def test_the_map_and_the_menu_choose_a_task(open_page):
     middle = (all_goals.min(0) + all_goals.max(0)) / 2
     dx, dy = (goal - middle) / np.linalg.norm(all_goals - middle, axis=1).max() * size
     page.locator(".adp-map").click(position={"x": box["width"] / 2 + dx, "y": box["height"] / 2 - dy})
-    assert _place(page)[0] == 1
+    assert place(page)[0] == 1
     page.get_by_role("combobox", name="Task").select_option(index=0)
-    assert _place(page)[0] == 0
+    assert place(page)[0] == 0
 
 
 def test_dragging_a_robot_turns_the_camera_and_a_double_click_undoes_it(open_page):
     page = open_page()
-    before = _pictures(page, ".adp-robot")
+    before = pictures(page, ".adp-robot")
     box = page.locator(".adp-robot").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x + 60, y - 20, steps=3)
     page.mouse.up()
-    assert _pictures(page, ".adp-robot") != before
+    assert pictures(page, ".adp-robot") != before
     page.mouse.dblclick(x, y)
-    assert _pictures(page, ".adp-robot") == before
+    assert pictures(page, ".adp-robot") == before
 
 
 def test_play_runs_through_the_episodes_and_stops_and_a_key_pauses_it(open_page):
@@ -228,7 +179,7 @@ def test_play_runs_through_the_episodes_and_stops_and_a_key_pauses_it(open_page)
     page.keyboard.press("ArrowLeft")
     page.get_by_role("button", name="Play").click()
     page.get_by_role("button", name="Play").wait_for()  # its label again once the last episode is over
-    assert _place(page) == (0, 2, 50)
+    assert place(page) == (0, 2, 50)
 
 
 @pytest.mark.parametrize("motion", ["reduce", "no-preference"])
@@ -245,8 +196,9 @@ def test_play_moves_the_robot_only_where_motion_is_welcome(open_page, motion):
 def test_what_it_says_follows_the_state(open_page):
     page = open_page()
     page.evaluate("test.model.set('episode', 2)")
-    assert _said(page).startswith("Episode 3 of 3, step 50 of 50. ")
-    assert _said(page).endswith("cm from the goal.")
+    assert said(page).startswith("Episode 3 of 3, step 50 of 50. ")
+    x, y = (f"{v:+.2f}".replace("-", "−") for v in recorded().tasks[0].goal)
+    assert said(page).endswith(f"cm from the goal. Task: test 1: ({x}, {y}) m.")
     robot = page.get_by_role("img").filter(has_not_text="Map").all()
     assert any((c.get_attribute("aria-label") or "").startswith("mamba in episode 3, step 50: ") for c in robot)
     for role, names in {
@@ -265,10 +217,10 @@ def test_pictures_follow_the_theme_and_the_size(open_page):
         "document.documentElement.dataset.theme = 'dark'",
         "document.getElementById('player').style.width = '600px'",
     ):
-        before = _pictures(page)
+        before = pictures(page)
         page.evaluate(act)
         page.wait_for_function("(old) => document.querySelector('.adp-timeline').toDataURL() !== old", arg=before[-1])
-        assert all(a != b for a, b in zip(before, _pictures(page), strict=True))
+        assert all(a != b for a, b in zip(before, pictures(page), strict=True))
 
 
 @pytest.mark.parametrize("width", [800, 320])
@@ -344,6 +296,6 @@ def test_insight_is_what_the_policy_would_do(open_page):
         assert drawn[name] == pytest.approx(values[1, 1, 20], abs=0.51 * float(np.abs(values).max()) / 250)
     assert page.evaluate("test.data.seen(1, 1, 1, 20)") is None
     page.evaluate("test.model.set('episode', 1); test.model.set('step', 20)")
-    _place(page)
+    place(page)
     told = page.locator(".adp-sees").inner_text()
     assert "Steps in its memory\n70" in told.replace("\n\n", "\n")

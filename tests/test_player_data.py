@@ -9,7 +9,8 @@ from player_cases import policy, recorded
 
 import adbook
 from adbook.insight import Watched
-from adbook.player import MOST_BYTES, RolloutPlayer
+from adbook.player import RolloutPlayer
+from adbook.recording import MOST_BYTES
 from adbook.rollout import rollout
 from adbook.scene import scene
 from adbook.transformer import TransformerConfig

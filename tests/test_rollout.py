@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import adbook
+from adbook.play import play
 from adbook.rollout import RandomPolicy, Rollout, rollout
 from adbook.tasks import Task
 
@@ -218,6 +219,29 @@ def test_record_is_what_the_environments_took_and_gave(reacher, random_play):
     np.testing.assert_array_equal(random_play.rewards, rewards[..., 0])
     np.testing.assert_array_equal(random_play.qpos[:, :, :-1], before)
     np.testing.assert_array_equal(random_play.qpos[:, :, 1:], after)
+
+
+def test_step_by_step_it_is_the_same_and_pauses_before_each_reset(reacher):
+    tasks, policy = reacher.test_tasks[:2], RandomPolicy(2)
+    whole = rollout(policy, reacher, tasks, episodes=2, seed=5)
+    paused = []
+    for record in play(policy, reacher, tasks, episodes=2, seed=5):
+        if record.over.any():
+            paused.append((record.episode.tolist(), record.t.tolist(), not torch.is_inference_mode_enabled()))
+    assert paused == [([1, 1], [50, 50], True), ([2, 2], [50, 50], True)]
+    np.testing.assert_array_equal(Rollout.of(record, {}).rewards, whole.rewards)
+
+
+def test_a_goal_moved_in_a_pause_pays_from_then_on(reacher):
+    steps = play(RandomPolicy(2), reacher, reacher.test_tasks[:1], episodes=2)
+    for record in steps:
+        if record.over[0] and record.active[0]:
+            record.envs[0].unwrapped.goal = reacher.test_tasks[1].goal
+    stayed = rollout(RandomPolicy(2), reacher, reacher.test_tasks[:1], episodes=2)
+    moved = Rollout.of(record, {})
+    np.testing.assert_array_equal(moved.qpos[..., :2], stayed.qpos[..., :2])  # nobody was told
+    np.testing.assert_array_equal(moved.rewards[:, 0], stayed.rewards[:, 0])
+    assert (moved.rewards[:, 1] != stayed.rewards[:, 1]).all()
 
 
 def test_same_seed_same_rollout_other_seed_other_rollout(reacher, random_play):

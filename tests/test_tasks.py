@@ -101,6 +101,21 @@ def test_observation_is_the_same_function_of_the_state_for_two_goals(name):
     np.testing.assert_array_equal(one._get_obs(), two._get_obs())
 
 
+@each_family
+def test_a_moved_goal_is_the_goal_of_the_next_episode(name):
+    family = adbook.family(name)
+    one, two = family.train_tasks[:2]
+    moved = family.make(one)
+    play(moved, 3)
+    moved.unwrapped.goal = two.goal
+    assert moved.unwrapped.goal.tolist() == list(two.goal)
+    for ours, expected in zip(play(moved, 4), play(family.make(two), 4), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    with pytest.raises(ValueError, match=r"goal=99.* is not a "):
+        moved.unwrapped.goal = 99.0
+    assert moved.unwrapped.goal.tolist() == list(two.goal)
+
+
 @pytest.mark.parametrize("name", ["reacher-goal", "pusher-goal"])
 def test_the_drawn_goal_does_not_reach_the_observation(name):
     family = adbook.family(name)

@@ -1,0 +1,140 @@
+"""What a player carries of rollouts: checked against each other, quantised and packed, small enough for a page.
+
+Symbols: ``A`` agents, ``n`` tasks, ``K`` episodes, ``T`` steps, ``F`` stored frames, ``Q`` coordinates that move
+something drawn.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adbook.rollout import Rollout
+
+MOST_BYTES = 220_000  # of a recording in a page, where bytes are text and four of them carry three
+_STRIDES = (1, 2, 3, 4, 5)  # steps between two stored frames
+_INT16 = 2**15 - 1
+_REWARD_LEVELS, _INSIGHT_LEVELS = 4000, 250  # from nothing to the largest: finer than a reader can see
+
+Insight = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def check(rollouts: Mapping[str, Rollout]) -> None:
+    """Refuse what cannot be played side by side.
+
+    Raises:
+        ValueError: No rollout or more than four, or different families, tasks, or numbers of episodes.
+    """
+    if not 1 <= len(rollouts) <= 4:
+        raise ValueError(f"{len(rollouts)} rollouts were given; the player shows one to four.")
+    (name, first), *others = rollouts.items()
+    for other, rollout in others:
+        for what in ("family", "tasks"):
+            if getattr(rollout, what) != getattr(first, what):
+                raise ValueError(f"The rollouts {name!r} and {other!r} have different {what}; play them on the same.")
+        if rollout.rewards.shape != first.rewards.shape:
+            raise ValueError(
+                f"The rollouts {name!r} and {other!r} have {first.rewards.shape} and {rollout.rewards.shape} tasks, "
+                "episodes and steps; play both for the same number of episodes."
+            )
+
+
+def recording(
+    rollouts: Mapping[str, Rollout], insight: Insight, scene: Mapping[str, Any], most_bytes: float = MOST_BYTES
+) -> dict[str, Any]:
+    """Pack rollouts as the traits of a `RolloutPlayer`.
+
+    Args:
+        rollouts: By the agent's name, as `check` wants them.
+        insight: By the agent's name, what `adbook.Watched.insight` gives.
+        scene: Of `adbook.scene`.
+        most_bytes: In a page; fewer frames are kept to stay below.
+
+    Raises:
+        ValueError: The robot has other coordinates, insight of an unknown agent, or too much data.
+    """
+    first = next(iter(rollouts.values()))
+    if scene["coordinates"] != first.qpos.shape[-1]:
+        raise ValueError(
+            f"qpos has {first.qpos.shape[-1]} coordinates and {first.family}'s robot {scene['coordinates']}; "
+            "give a rollout of that family."
+        )
+    rewards = np.nan_to_num(np.stack([r.rewards for r in rollouts.values()]))
+    unit = float(np.abs(rewards).max(initial=0)) / _REWARD_LEVELS or 1.0
+    data = {"rewards": pack(np.round(rewards / unit)[..., None]), **_insight(insight, rollouts)}
+    room = most_bytes * 3 / 4 - sum(len(x) for x in data.values() if isinstance(x, bytes))
+    data |= _frames(np.stack([r.qpos for r in rollouts.values()])[..., scene["used"]], room, most_bytes)
+    return data | {
+        "shape": [len(rollouts), *first.rewards.shape],
+        "returns": [np.round(r.returns.astype(float), 4).tolist() for r in rollouts.values()],
+        "lengths": [r.lengths.tolist() for r in rollouts.values()],
+        "reward_unit": unit,
+    }
+
+
+def pack(x: np.ndarray) -> bytes:
+    """Whole numbers (..., rows, width) in 16 bits: differences along the rows, low bytes then high bytes, deflated."""
+    x = x.astype(np.int64)
+    differences = np.diff(x, axis=-2, prepend=np.zeros_like(x[..., :1, :])).astype("<i2")
+    return zlib.compress(differences.reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes(), 9)
+
+
+def _frames(qpos: np.ndarray, room: float, most_bytes: float) -> dict[str, Any]:
+    """Coordinates (A, n, K, T + 1, Q) in so many frames as there is room for; after an early end the last stays."""
+    there = qpos if qpos.size else np.zeros_like(qpos, shape=(1, 1, 1, 1, qpos.shape[-1]))
+    low, high = np.nanmin(there, axis=(0, 1, 2, 3)), np.nanmax(there, axis=(0, 1, 2, 3))
+    unit = np.maximum(high - low, 1e-9) / (2 * _INT16)
+    steps = qpos.shape[-2] - 1
+    stored = np.round((_held(qpos) - low) / unit) - _INT16 - 1
+    for stride in _STRIDES:
+        at = np.minimum(np.arange(-(-steps // stride) + 1) * stride, steps)
+        packed = pack(stored[..., at, :])
+        if len(packed) <= room:
+            return {"frames": packed, "stride": stride, "low": low.tolist(), "unit": unit.tolist()}
+    raise ValueError(
+        f"The recording takes {4 * len(packed) // 3000} kB in a page besides rewards; at most {most_bytes // 1000} kB "
+        "are left in all. Show fewer tasks or episodes."
+    )
+
+
+def _held(x: np.ndarray) -> np.ndarray:
+    """X with every NaN along the second to last axis replaced by the last number before it."""
+    there = np.isfinite(x).all(-1)
+    last = np.maximum.accumulate(np.where(there, np.arange(x.shape[-2]), 0), axis=-1)
+    return np.take_along_axis(x, last[..., None], axis=-2)
+
+
+def _insight(insight: Insight, rollouts: Mapping[str, Rollout]) -> dict[str, Any]:
+    """What networks saw, (A, n, K, T, names), in steps of the largest of each; actions in units of the largest one."""
+    unknown = sorted(set(insight) - set(rollouts))
+    if unknown:
+        raise ValueError(f"insight is given for {unknown[0]!r}, which is not among the rollouts {', '.join(rollouts)}.")
+    if not insight:
+        return {"insight": {}, "seen": b""}
+    known = {agent: _told(values) for agent, values in insight.items()}
+    names = list(dict.fromkeys(name for own in known.values() for name in own))
+    shape = next(iter(rollouts.values())).rewards.shape
+    columns = []
+    for agent in rollouts:
+        given = insight.get(agent, {})
+        columns.append(np.stack([np.broadcast_to(given.get(name, 0.0), shape) for name in names], -1))
+    values = np.nan_to_num(np.stack(columns))
+    units = np.abs(values).max(axis=(0, 1, 2, 3), initial=0) / _INSIGHT_LEVELS
+    units[units == 0] = 1.0
+    contexts = {agent: int(values["context"]) for agent, values in insight.items() if "context" in values}
+    described = {
+        "names": names,
+        "units": units.tolist(),
+        "actions": sum(name.startswith("mean ") for name in names),
+        "agents": [known.get(agent) for agent in rollouts],  # the names known of each, or None
+        "contexts": [contexts.get(agent) for agent in rollouts],
+    }
+    return {"insight": described, "seen": pack(np.round(values / units))}
+
+
+def _told(values: Mapping[str, np.ndarray]) -> list[str]:
+    """The names of what says something; before the first episode all of them may."""
+    return [name for name, x in values.items() if x.ndim and (x.size == 0 or np.isfinite(x).any())]
