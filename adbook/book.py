@@ -8,6 +8,7 @@ one alone. Results that chapters keep in `runs/` make a second build quick; the 
 built afresh, because a page that is not read again repeats none of its warnings.
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from adbook.experiments import ROOT, check_profile
 
-_WIDGET = "application/vnd.jupyter.widget-view+json"
+_WIDGET, _STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
+_MOST_BYTES = {"a widget": 300_000, "all widgets": 1_500_000}  # that a page carries
 _WARNING = re.compile(r"^.*\w*Warning: .*$", re.MULTILINE)
 
 
@@ -112,8 +114,11 @@ def tidy(notebook: NotebookNode, name: str) -> NotebookNode:
 
     Raises:
         BookError: a cell warned on its error stream (progress bars go there too; pages leave it out), or
-            shows a figure without a caption or without alternative text.
+            shows a figure without a caption or without alternative text, or a widget is too heavy for a page.
     """
+    fault = _weight(notebook.metadata.get("widgets", {}).get(_STATE, {}).get("state", {}))
+    if fault:
+        raise BookError(f"{name}: {fault}")
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
@@ -140,6 +145,16 @@ def _fault(output: NotebookNode, options: NotebookNode) -> str | None:
         return "shows a chart without alternative text: use adbook.plots.describe(figure, alt)"
     if image and not options.get("image", {}).get("alt"):
         return "shows an image without alternative text: set mystnb.image.alt in the cell's metadata"
+    return None
+
+
+def _weight(state: dict) -> str | None:
+    """What is too heavy among the widgets of a page, if anything."""
+    sizes = [len(json.dumps(model)) for model in state.values()]
+    for what, size in (("a widget", max(sizes, default=0)), ("all widgets", sum(sizes))):
+        if size > _MOST_BYTES[what]:
+            most = _MOST_BYTES[what]
+            return f"{what} would take {size:,} bytes of the page; at most {most:,}: show fewer tasks or episodes"
     return None
 
 

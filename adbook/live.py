@@ -292,7 +292,7 @@ class LivePlayer(RolloutPlayer):
         yield record.qpos[0, episode, : t + 1][:, self.scene["used"]]
         yield record.rewards[0, episode, :t]
         if isinstance(agent, Watched) and t:
-            noted = agent.noted(-t)
+            noted = agent.noted(-t) | {"reward": record.rewards[:, episode, :t]}
             yield np.stack([noted[name][0] for name in self.insight["names"]], -1)
 
     def _episodes_shown(self) -> int:

@@ -167,7 +167,7 @@ async function render({ model, el }) {
       curves: ui.panels.map(({ color }, a) => ({ color, values: data.returns(a, task) })),
       references: model.get("references").map(([name, values]) => [name, values[task]]),
       moves: goals.flatMap((g, k) => (k && String(g) !== String(goals[k - 1]) ? [k] : [])),
-      episodes: planned(), position: episode + t / T,
+      episodes: planned(), current: episode, position: episode + t / T,
     }, look);
     const places = live ? { tasks: [answered ? model.get("goal") : goal], task: 0, limits: model.get("limits") } : { tasks, task };
     map = drawMap(ui.map, { kind: data.scene.view.goal, others: model.get("others"), ...places }, look);
@@ -191,7 +191,7 @@ async function render({ model, el }) {
     const rows = [
       ["Agent", ui.panels[a].name],
       ["Steps in its memory", remembered.toLocaleString("en")],
-      ["Reward of the step before", s ? number(data.reward(a, task, episode, s - 1), 3) : "–"],
+      ["Reward of the step before", s ? number(data.seen(a, task, episode, s - 1).reward, 3) : "–"],
     ];
     if ("change" in seen) rows.push(["Change of its state", `${number(100 * seen.change, 1)} %`]);
     ui.sees.replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));

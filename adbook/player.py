@@ -38,7 +38,7 @@ class RolloutPlayer(anywidget.AnyWidget):
 
     It draws the robot from recorded coordinates, a time line over all episodes, a map of the tasks, and, for agents
     of which it is told, what the network saw and did.  Coordinates are kept in 16 bits over their range; where all
-    of it would be more than 220 kB in a page, fewer frames are kept and those between are interpolated.
+    of it would be more than 210 kB in a page, fewer frames are kept and those between are interpolated.
 
     Args:
         rollouts: A rollout, or several by the agent's name, all of the same tasks and numbers of episodes.
@@ -68,13 +68,11 @@ class RolloutPlayer(anywidget.AnyWidget):
     lengths = traitlets.List().tag(sync=True)  # (A, n, K) steps
     references = traitlets.List().tag(sync=True)  # pairs of a name and (n,) returns
     stride = traitlets.Int().tag(sync=True)  # steps from one stored frame to the next
-    frames = traitlets.Bytes().tag(sync=True)  # (A, n, K, F, Q), packed; x = low + unit (2**15 + stored)
+    frames = traitlets.Bytes().tag(sync=True)  # (A, n, K, F, Q), packed; x = low + unit stored
     low = traitlets.List().tag(sync=True)  # (Q,)
     unit = traitlets.List().tag(sync=True)  # (Q,)
-    rewards = traitlets.Bytes().tag(sync=True)  # (A, n, K, T), packed, in units of `reward_unit`
-    reward_unit = traitlets.Float().tag(sync=True)
     insight = traitlets.Dict().tag(sync=True)  # names, units, actions, agents; empty if there is none
-    seen = traitlets.Bytes().tag(sync=True)  # (A, n, K, T, names), packed
+    seen = traitlets.Bytes().tag(sync=True)  # (names, A, n, K, T), packed
     task = traitlets.Int().tag(sync=True)
     episode = traitlets.Int().tag(sync=True)
     step = traitlets.Int().tag(sync=True)
@@ -189,11 +187,11 @@ def _script(value: object) -> str:
 
 
 def _label(task: Task) -> str:
-    numbers = [f"{v:+.2f}".replace("-", "−") for v in task.goal]
+    numbers = [f"{v:.2f}".replace("-", "−") for v in task.goal]
     goal = {
         "half-cheetah-vel": f"{task.goal[0]:.2f} m/s",
         "ant-dir": f"{np.degrees(task.goal[0]):.0f}°",
-    }.get(task.family, f"({', '.join(numbers)}) m")
+    }.get(task.family, f"{', '.join(numbers)} m")
     return f"{task.split} {task.index + 1}: {goal}"
 
 

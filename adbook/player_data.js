@@ -10,12 +10,18 @@ async function inflate(view) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Undoes `pack` of recording.py: planes of low and high bytes of the differences along the second to last axis.
-function unpack(bytes, count, rows, width) {
+// Undoes `_deflate` of recording.py: 16 bits each, all low bytes and then all high bytes.
+async function numbers(view, count) {
+  const bytes = await inflate(view);
   if (bytes.length !== 2 * count) throw new Error(`there are ${bytes.length} bytes of it instead of ${2 * count}`);
   const values = new Int16Array(count);
   for (let i = 0; i < count; i++) values[i] = bytes[i] | (bytes[count + i] << 8);
-  for (let start = 0; start < count; start += rows * width) {
+  return values;
+}
+
+// From differences between rows of some width to the rows, in place; every so many rows begin anew.
+function sum(values, rows, width) {
+  for (let start = 0; start < values.length; start += rows * width) {
     for (let i = start + width; i < start + rows * width; i++) values[i] += values[i - width];
   }
   return values;
@@ -30,19 +36,17 @@ export async function decode(model) {
   const Q = scene.used.length;
   const [low, unit] = [model.get("low"), model.get("unit")];
   if (!A || !n || !T || (!K && !model.get("limits"))) throw new Error("The recording holds no episode.");
-  const part = async (name, count, rows, width) => {
+  const part = async (name, count) => {
     try {
-      return unpack(await inflate(model.get(name)), count, rows, width);
+      return await numbers(model.get(name), count);
     } catch (error) {
       throw new Error(`The recording is damaged: ${name} cannot be read (${error.message}).`);
     }
   };
-  const frames = await part("frames", A * n * K * F * Q, F, Q);
-  const rewards = await part("rewards", A * n * K * T, T, 1);
-  const rewardUnit = model.get("reward_unit");
+  const frames = sum(await part("frames", A * n * K * F * Q), F, Q);
   const [lengths, returns] = [model.get("lengths"), model.get("returns")];
   const insight = model.get("insight");
-  const seen = insight.names ? await part("seen", A * n * K * T * insight.names.length, T, insight.names.length) : null;
+  const seen = insight.names ? await part("seen", insight.names.length * A * n * K * T) : null;
   return {
     A, n, K, T, scene, insight,
     length: (a, i, k) => lengths[a][i][k],
@@ -57,14 +61,12 @@ export async function decode(model) {
       const base = ((a * n + i) * K + k) * F;
       return spread(scene, (j) => {
         const [x, y] = [frames[(base + first) * Q + j], frames[(base + second) * Q + j]];
-        return low[j] + unit[j] * (32768 + x + share * (y - x));
+        return low[j] + unit[j] * (x + share * (y - x));
       });
     },
-    reward: (a, i, k, t) => rewards[((a * n + i) * K + k) * T + t] * rewardUnit, // of the step from t to t + 1
-    seen(a, i, k, t) {
+    seen(a, i, k, t) { // in the step from t to t + 1
       if (!seen || !insight.agents[a]) return null;
-      const base = (((a * n + i) * K + k) * T + t) * insight.names.length;
-      return named(insight, a, (j) => seen[base + j] * insight.units[j]);
+      return named(insight, a, (j) => seen[(((j * A + a) * n + i) * K + k) * T + t] * insight.units[j]);
     },
   };
 }
@@ -101,7 +103,6 @@ export function withCurrent(data, model) {
       const first = Math.floor(clamp(t, 0, now[a].t));
       return spread(scene, (j) => now[a].qpos[first * Q + j]);
     },
-    reward: (a, i, k, t) => (k < K ? data.reward(a, i, k, t) : now[a].rewards[t]),
     seen(a, i, k, t) {
       if (k < K) return data.seen(a, i, k, t);
       return now[a].W && now[a].t ? named(insight, a, (j) => now[a].seen[t * now[a].W + j]) : null;

@@ -5,7 +5,7 @@ function camera(view, target, turn, width, height) {
   const toward = [Math.cos(el) * Math.cos(az), Math.cos(el) * Math.sin(az), Math.sin(el)]; // from the target to the eye
   const right = [-Math.sin(az), Math.cos(az), 0];
   const up = [-Math.sin(el) * Math.cos(az), -Math.sin(el) * Math.sin(az), Math.cos(el)];
-  const zoom = 1.9 * Math.min(width, 1.25 * height);
+  const zoom = 1.9 * Math.min(width, view.aspect * height);
   const dot = (p, q) => p[0] * q[0] + p[1] * q[1] + p[2] * q[2];
   return {
     elevation: el,
@@ -297,9 +297,9 @@ function velocityBar(g, width, height, { speed, wanted, next, color }, look) {
 // ---------------------------------------------------------------------------------------------------------------
 // the time line, the map of tasks, and what the network sees
 
-// About `most` round numbers from low to high.
-function ticks(low, high, most) {
-  const rough = (high - low) / most || 1;
+// About `most` round numbers from low to high, at least so far apart.
+function ticks(low, high, most, least = 0) {
+  const rough = Math.max((high - low) / most, least) || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const size = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
   const found = [];
@@ -308,7 +308,7 @@ function ticks(low, high, most) {
 }
 
 // All episodes one after the other, with their returns; the result turns a pixel into a position in episodes.
-function drawTimeline(canvas, { curves, references, moves, episodes, position }, look) {
+function drawTimeline(canvas, { curves, references, moves, episodes, current, position }, look) {
   const { g, width, height } = context(canvas, look);
   const all = [...curves.flatMap(({ values }) => values), ...references.map(([, value]) => value)];
   const empty = !all.length;
@@ -319,7 +319,6 @@ function drawTimeline(canvas, { curves, references, moves, episodes, position },
   const area = { left: 46, right: width - 10, top: 20, bottom: height - 22 };
   const x = (p) => area.left + (p / episodes) * (area.right - area.left);
   const y = (v) => area.bottom - ((v - low) / (high - low)) * (area.bottom - area.top);
-  const current = Math.min(Math.floor(position), episodes - 1);
 
   g.save(); // the episode that is shown, and how far it is
   Object.assign(g, { fillStyle: look.text, globalAlpha: 0.07 });
@@ -330,7 +329,7 @@ function drawTimeline(canvas, { curves, references, moves, episodes, position },
     line(g, [[area.left, y(v)], [area.right, y(v)]], look.text, 1, 0.12);
     write(g, number(v, most - least < 2 ? 1 : 0), area.left - 6, y(v), look.text, { align: "right", base: "middle", alpha: 0.8 });
   }
-  for (const v of ticks(1, episodes, Math.min(10, Math.floor(width / 60))).filter(Number.isInteger)) {
+  for (const v of ticks(1, episodes, Math.min(10, width / 60), 1)) {
     write(g, v, x(v - 0.5), area.bottom + 15, look.text, { align: "center", alpha: 0.8 });
   }
   for (const [name, v] of references) {

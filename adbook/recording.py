@@ -14,10 +14,10 @@ import numpy as np
 
 from adbook.rollout import Rollout
 
-MOST_BYTES = 220_000  # of a recording in a page, where bytes are text and four of them carry three
+MOST_BYTES = 210_000  # of a recording in a page, where bytes are text and four of them carry three
 _STRIDES = (1, 2, 3, 4, 5)  # steps between two stored frames
-_INT16 = 2**15 - 1
-_REWARD_LEVELS, _INSIGHT_LEVELS = 4000, 250  # from nothing to the largest: finer than a reader can see
+_PLACES = 2**13  # from the lowest to the highest value of a coordinate, and
+_LEVELS, _REWARD_LEVELS = 64, 1000  # from nothing to the largest value seen: as fine as a reader can tell
 
 Insight = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -62,41 +62,36 @@ def recording(
             f"qpos has {first.qpos.shape[-1]} coordinates and {first.family}'s robot {scene['coordinates']}; "
             "give a rollout of that family."
         )
-    rewards = np.nan_to_num(np.stack([r.rewards for r in rollouts.values()]))
-    unit = float(np.abs(rewards).max(initial=0)) / _REWARD_LEVELS or 1.0
-    data = {"rewards": pack(np.round(rewards / unit)[..., None]), **_insight(insight, rollouts)}
-    room = most_bytes * 3 / 4 - sum(len(x) for x in data.values() if isinstance(x, bytes))
+    data = _insight(insight, rollouts)
+    room = most_bytes * 3 / 4 - len(data["seen"])
     data |= _frames(np.stack([r.qpos for r in rollouts.values()])[..., scene["used"]], room, most_bytes)
     return data | {
         "shape": [len(rollouts), *first.rewards.shape],
         "returns": [np.round(r.returns.astype(float), 4).tolist() for r in rollouts.values()],
         "lengths": [r.lengths.tolist() for r in rollouts.values()],
-        "reward_unit": unit,
     }
 
 
-def pack(x: np.ndarray) -> bytes:
-    """Whole numbers (..., rows, width) in 16 bits: differences along the rows, low bytes then high bytes, deflated."""
-    x = x.astype(np.int64)
-    differences = np.diff(x, axis=-2, prepend=np.zeros_like(x[..., :1, :])).astype("<i2")
-    return zlib.compress(differences.reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes(), 9)
+def _deflate(x: np.ndarray) -> bytes:
+    """Whole numbers in 16 bits, all low bytes and then all high bytes, deflated."""
+    return zlib.compress(x.astype("<i2").reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes(), 9)
 
 
 def _frames(qpos: np.ndarray, room: float, most_bytes: float) -> dict[str, Any]:
     """Coordinates (A, n, K, T + 1, Q) in so many frames as there is room for; after an early end the last stays."""
     there = qpos if qpos.size else np.zeros_like(qpos, shape=(1, 1, 1, 1, qpos.shape[-1]))
     low, high = np.nanmin(there, axis=(0, 1, 2, 3)), np.nanmax(there, axis=(0, 1, 2, 3))
-    unit = np.maximum(high - low, 1e-9) / (2 * _INT16)
+    unit = np.maximum(high - low, 1e-9) / _PLACES
     steps = qpos.shape[-2] - 1
-    stored = np.round((_held(qpos) - low) / unit) - _INT16 - 1
+    stored = np.round((_held(qpos) - low) / unit).astype(int)
     for stride in _STRIDES:
         at = np.minimum(np.arange(-(-steps // stride) + 1) * stride, steps)
-        packed = pack(stored[..., at, :])
+        packed = _deflate(np.diff(stored[..., at, :], axis=-2, prepend=0))  # neighbours differ by little
         if len(packed) <= room:
             return {"frames": packed, "stride": stride, "low": low.tolist(), "unit": unit.tolist()}
     raise ValueError(
-        f"The recording takes {4 * len(packed) // 3000} kB in a page besides rewards; at most {most_bytes // 1000} kB "
-        "are left in all. Show fewer tasks or episodes."
+        f"The recording takes {4 * len(packed) // 3000} kB in a page, where {max(0, int(room)) // 750} of "
+        f"{most_bytes // 1000} kB are left for it beside the insight. Show fewer tasks or episodes."
     )
 
 
@@ -108,21 +103,20 @@ def _held(x: np.ndarray) -> np.ndarray:
 
 
 def _insight(insight: Insight, rollouts: Mapping[str, Rollout]) -> dict[str, Any]:
-    """What networks saw, (A, n, K, T, names), in steps of the largest of each; actions in units of the largest one."""
+    """What networks saw and got, (names, A, n, K, T), in steps of the largest of each."""
     unknown = sorted(set(insight) - set(rollouts))
     if unknown:
         raise ValueError(f"insight is given for {unknown[0]!r}, which is not among the rollouts {', '.join(rollouts)}.")
     if not insight:
         return {"insight": {}, "seen": b""}
+    insight = {agent: {**values, "reward": rollouts[agent].rewards} for agent, values in insight.items()}
     known = {agent: _told(values) for agent, values in insight.items()}
     names = list(dict.fromkeys(name for own in known.values() for name in own))
     shape = next(iter(rollouts.values())).rewards.shape
-    columns = []
-    for agent in rollouts:
-        given = insight.get(agent, {})
-        columns.append(np.stack([np.broadcast_to(given.get(name, 0.0), shape) for name in names], -1))
-    values = np.nan_to_num(np.stack(columns))
-    units = np.abs(values).max(axis=(0, 1, 2, 3), initial=0) / _INSIGHT_LEVELS
+    columns = [[np.broadcast_to(insight.get(agent, {}).get(name, 0.0), shape) for agent in rollouts] for name in names]
+    values = np.nan_to_num(np.array(columns)).reshape(len(names), -1)
+    levels = [_REWARD_LEVELS if name == "reward" else _LEVELS for name in names]
+    units = np.abs(values).max(axis=1, initial=0) / levels
     units[units == 0] = 1.0
     contexts = {agent: int(values["context"]) for agent, values in insight.items() if "context" in values}
     described = {
@@ -132,7 +126,7 @@ def _insight(insight: Insight, rollouts: Mapping[str, Rollout]) -> dict[str, Any
         "agents": [known.get(agent) for agent in rollouts],  # the names known of each, or None
         "contexts": [contexts.get(agent) for agent in rollouts],
     }
-    return {"insight": described, "seen": pack(np.round(values / units))}
+    return {"insight": described, "seen": _deflate(np.round(values / units[:, None]))}
 
 
 def _told(values: Mapping[str, np.ndarray]) -> list[str]:

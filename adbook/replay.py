@@ -41,8 +41,8 @@ def source_rollout(histories: Sequence[LearningHistory], *, episodes: int = 20) 
 
     Returns:
         Their rewards, actions and positions. `metadata` holds `source`, the algorithm's name; `episodes`, for each task
-        the ``K`` numbers, from 0, of the episodes shown, counted in the source run also where a history was thinned;
-        and `of`, for each task how many episodes that run had up to the last one in the history.
+        the ``K`` numbers, from 0, of the episodes shown; and `of`, for each task how many there were. Both count all
+        episodes of the source run, those of the environments beside this one too, and those thinned out.
 
     Raises:
         ValueError: no history, one that names no task, several families, two histories of one task, or fewer episodes
@@ -169,9 +169,12 @@ def _spread(history: LearningHistory, episodes: int) -> np.ndarray:
 
 
 def _metadata(histories: Sequence[LearningHistory], picked: Sequence[np.ndarray]) -> dict[str, object]:
-    shown = []
+    shown, of = [], []
     for history, indices in zip(histories, picked, strict=True):
         every, phase = history.metadata.get("every", 1), history.metadata.get("phase", 0)
-        shown.append((phase + every * indices).tolist())
+        beside = history.metadata.get("config", {}).get("n_envs", 1)  # environments that learn together
+        rounds = phase + every * indices
+        shown.append((beside * rounds + history.metadata.get("stream", 0)).tolist())
+        of.append(int(beside * (rounds[-1] + 1)))
     source = "+".join(sorted({str(history.metadata.get("source", "unknown")) for history in histories}))
-    return {"source": source, "episodes": shown, "of": [numbers[-1] + 1 for numbers in shown]}
+    return {"source": source, "episodes": shown, "of": of}

@@ -37,12 +37,15 @@ class _View:
     azimuth: float  # degrees, from the x axis; the camera looks the other way
     elevation: float  # degrees above the ground
     follow: bool = False
+    aspect: float = 1.25  # width over height of the widest picture that does not show more at its sides
     goal_height: float = 0.0  # m, of a point
     goal_radius: float = 0.0  # m
 
 
 _VIEWS = {
-    "reacher-goal": _View("point", "fingertip", -0.01, (0, 0.02, 0), 0.9, -90, 62, goal_height=0.0, goal_radius=0.012),
+    "reacher-goal": _View(
+        "point", "fingertip", -0.01, (0, -0.02, 0), 0.9, -90, 62, aspect=0.95, goal_height=0.0, goal_radius=0.012
+    ),
     "pusher-goal": _View(
         "point", "object", -0.325, (0.22, -0.2, -0.12), 2.9, 50, 36, goal_height=-0.323, goal_radius=0.08
     ),

@@ -47,7 +47,9 @@ class Studio:
         _furnish(self._model)
         self._robot = _painted(self._model)
         # As wide as the player's view, and a tenth more: a picture cannot be turned to look for what it cuts off.
-        self._model.vis.global_.fovy = 2.2 * math.degrees(math.atan(0.5 / (1.9 * min(width / height, 1.25))))
+        self._model.vis.global_.fovy = 2.2 * math.degrees(
+            math.atan(0.5 / (1.9 * min(width / height, self._view["aspect"])))
+        )
         camera = {
             "lookat": np.array(self._view["look_at"], float),
             "distance": self._view["distance"],

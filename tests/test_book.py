@@ -157,6 +157,17 @@ def test_an_output_that_does_not_fit_a_page_is_refused(output, metadata, fault):
         tidy(new_notebook(cells=[cell]), "05.ipynb")
 
 
+@pytest.mark.parametrize(
+    ("models", "fault"),
+    [(["x" * 300_000], "a widget would take 300,"), (["x" * 250_000] * 7, "all widgets would take 1,75")],
+)
+def test_a_page_does_not_grow_heavy(models, fault):
+    state = {str(i): {"state": {"frames": model}} for i, model in enumerate(models)}
+    widgets = {"application/vnd.jupyter.widget-state+json": {"state": state}}
+    with pytest.raises(BookError, match=rf"^05\.ipynb: {fault}.*show fewer tasks or episodes"):
+        tidy(new_notebook(metadata={"widgets": widgets}), "05.ipynb")
+
+
 def test_what_fits_a_page_is_let_through():
     outputs = [
         new_output("stream", name="stderr", text="training: 100%|████| 3/3"),
@@ -174,7 +185,11 @@ def test_vendored_files_are_what_their_list_says():
     )
     own = {"VENDORED.md", "book.css", "favicon.svg", "widgets-offline.js"}
     there = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
-    there = {name: path for name, path in there.items() if name not in own and not name.startswith("licences/")}
+    there = {
+        name: path
+        for name, path in there.items()
+        if name not in own and not name.startswith(("licences/", "pictures/"))
+    }
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == listed
 
 

@@ -12,7 +12,7 @@ from adbook.mamba import MambaConfig
 from adbook.rollout import RandomPolicy
 
 GOALS = {"reacher-goal": (0.1, 0.05), "pusher-goal": (0.05, 0.05), "half-cheetah-vel": 1.0, "ant-dir": 1.0}
-STATE = "shape returns lengths frames low unit rewards reward_unit insight seen stride goals current_steps current"
+STATE = "shape returns lengths frames low unit insight seen stride goals current_steps current"
 
 
 def live_player(name="reacher-goal", **options):

@@ -153,6 +153,12 @@ def test_episodes_are_spread_from_the_first_to_the_last():
     assert (shown.family, shown.split) == ("reacher-goal", "test")
 
 
+def test_episodes_of_the_environments_beside_are_counted():
+    shown = source_rollout([toy(6, config={"n_envs": 4}, stream=3)], episodes=3)
+    assert shown.metadata["episodes"] == [[3, 11, 23]]  # of the stream the episodes 0, 2 and 5
+    assert shown.metadata["of"] == [24]
+
+
 def test_numbers_count_episodes_of_the_source_run_also_where_it_was_thinned():
     shown = source_rollout([toy(12).every(2, 1).every(3)], episodes=2)
     assert shown.metadata["episodes"] == [[1, 7]]
