@@ -81,7 +81,7 @@ def _family_player(name: str) -> RolloutPlayer:
 
 @contextmanager
 def _page(browser: Browser, address: str, theme: str) -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": 1200, "height": 900}, device_scale_factor=1.5, color_scheme=theme)
+    page = browser.new_page(viewport={"width": 1360, "height": 900}, device_scale_factor=1.5, color_scheme=theme)
     page.set_default_timeout(120_000)
     page.goto(address)
     page.locator(".adp-said").first.wait_for()

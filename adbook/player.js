@@ -40,7 +40,7 @@ function build(model, data) {
       const [note, total, now] = [1, 2, 3].map(() => make("span", { class: "adp-value" }));
       const swatch = make("span", { class: "adp-swatch", style: `background:${color}` });
       const head = make("header", {}, swatch, make("b", {}, name), note, make("span", {}, "return ", total), now);
-      return { name, color, canvas, note, total, now, root: make("div", { class: "adp-panel" }, head, canvas) };
+      return { name, color, canvas, note, total, now, root: make("div", { class: "adp-panel" }, head, make("div", { class: "adp-stage" }, canvas)) };
     }),
     timeline: make("canvas", { class: "adp-timeline", role: "slider", tabindex: 0, "aria-label": "Time line" }),
     previous: button("previous", "Previous episode", "Page Up"),

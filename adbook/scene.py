@@ -47,10 +47,10 @@ _VIEWS = {
         "point", "fingertip", -0.01, (0, -0.02, 0), 0.9, -90, 62, aspect=0.95, goal_height=0.0, goal_radius=0.012
     ),
     "pusher-goal": _View(
-        "point", "object", -0.325, (0.22, -0.2, -0.12), 2.9, 50, 36, goal_height=-0.323, goal_radius=0.08
+        "point", "object", -0.325, (0.22, -0.22, -0.02), 3.1, 50, 34, goal_height=-0.323, goal_radius=0.08
     ),
-    "half-cheetah-vel": _View("velocity", "torso", 0, (0, 0, -0.15), 4.2, -90, 10, follow=True),
-    "ant-dir": _View("direction", "torso", 0, (0, 0, -0.2), 6.0, -60, 38, follow=True),
+    "half-cheetah-vel": _View("velocity", "torso", 0, (0, 0, 0.05), 4.8, -90, 10, follow=True),
+    "ant-dir": _View("direction", "torso", 0, (0, 0, -0.1), 6.4, -60, 38, follow=True),
 }
 _NOT_DRAWN = {"target", "goal"}  # bodies that mark the goal: the player draws it itself
 

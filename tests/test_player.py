@@ -207,7 +207,7 @@ def test_pictures_follow_the_theme_and_the_size(open_page):
     page = open_page()
     for act in (
         "document.documentElement.dataset.theme = 'dark'",
-        "document.getElementById('player').style.width = '600px'",
+        "document.getElementById('player').style.width = '500px'",
     ):
         before = pictures(page)
         page.evaluate(act)

@@ -97,7 +97,7 @@ def test_every_family_shows_a_robot_of_the_agents_colour_that_moves(tmp_path, na
     frames, _ = film(tmp_path, rollouts, episodes=[1], speed=20)
     for half, color in ((frames[:, CAPTION:, :192], BLUE), (frames[:, CAPTION:, 192:], VERMILLION)):
         robot = of_color(half, color)  # (frames, rows, columns)
-        assert robot.mean(axis=(1, 2)).min() > 0.004
+        assert robot.mean(axis=(1, 2)).min() > 0.002  # Reacher's links fill 0.5 %, half of it where they lie on each other
         assert robot.mean(axis=(1, 2)).max() < 0.3
         assert (robot[1:] ^ robot[:-1]).sum(axis=(1, 2)).min() > 10
         assert half[~robot].mean() > 180  # in a bright room
