@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,7 @@ class Watched(nn.Module):
         """See the class."""
         super().__init__()
         self.policy, self.config = policy, policy.config
+        self.train(policy.training)
         self._steps: list[dict[str, Tensor]] = []
 
     def init_state(self, n: int) -> PolicyState:
@@ -32,8 +37,13 @@ class Watched(nn.Module):
 
     def act(self, observation: Tensor, reward: Tensor | None, start: Tensor, state: PolicyState, **options):
         """Act as the policy does."""
-        hidden = []
-        hook = self.policy.head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+        hidden, thread = [], threading.get_ident()
+
+        def note(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            if threading.get_ident() == thread:  # another may have the same policy play elsewhere
+                hidden.append(inputs[0])
+
+        hook = self.policy.head.register_forward_pre_hook(note)
         try:
             action, after = self.policy.act(observation, reward, start, state, **options)
         finally:
@@ -41,7 +51,8 @@ class Watched(nn.Module):
         mean, log_std = self.policy._head(hidden[0])
         std = log_std.exp() if self.config.head == "gaussian" else torch.zeros_like(mean)
         noted = {"mean": mean, "std": std, "action": action / self.config.action_scale}
-        noted["change"] = _change(state.backbone, after.backbone)
+        if self.context is None:
+            noted["change"] = _change(state.backbone, after.backbone)
         self._steps.append({name: value.cpu() for name, value in noted.items()})
         return action, after
 
@@ -55,16 +66,17 @@ class Watched(nn.Module):
 
         Returns:
             By name, each ``(n, steps)``: "mean 1", "std 1", "action 1" and so on for every component of the action, in
-            units of the largest action; and "change", by how much the state changed at that step relative to its size
-            (NaN for a transformer, whose state grows instead).
+            units of the largest action; and "change", by how much the state changed at that step relative to its size,
+            unless the policy is a transformer, whose state grows instead.
         """
         steps = self._steps[first:]
         size = self.config.action_size
         columns = {f"{name} {j + 1}": (name, j) for j in range(size) for name in ("mean", "std", "action")}
+        change = ["change"] if self.context is None else []
         if not steps:
-            return dict.fromkeys([*columns, "change"], np.zeros((1, 0)))
+            return dict.fromkeys([*columns, *change], np.zeros((1, 0)))
         values = {name: torch.stack([step[name] for step in steps], 1).numpy() for name in steps[0]}
-        return {column: values[name][..., j] for column, (name, j) in columns.items()} | {"change": values["change"]}
+        return {column: values[name][..., j] for column, (name, j) in columns.items()} | {n: values[n] for n in change}
 
     def insight(self, rollout: Rollout) -> dict[str, np.ndarray]:
         """What was noted in that rollout, sorted by episode.
@@ -72,15 +84,30 @@ class Watched(nn.Module):
         Returns:
             As `noted`, but each ``(n, K, T)``; and "context" ``()``, the steps that the policy can remember, unless no
             length is built into it.
+
+        Raises:
+            ValueError: These are not the actions that were noted: it is another rollout.
         """
+        noted = self.noted()
+        self._check(rollout, noted)
         limit = {} if self.context is None else {"context": np.array(self.context)}
-        return {name: rollout.by_episode(values) for name, values in self.noted().items()} | limit
+        return {name: rollout.by_episode(values) for name, values in noted.items()} | limit
+
+    def _check(self, rollout: Rollout, noted: dict[str, np.ndarray]) -> None:
+        wanted = len(rollout.tasks), int(rollout.lengths.sum(1).max(initial=0))
+        n, steps = noted["action 1"].shape
+        if wanted[1] and (n != wanted[0] or steps < wanted[1]):
+            raise ValueError(
+                f"the rollout has {wanted} tasks and steps, noted were {(n, steps)}; give the one watched last"
+            )
+        for j in range(self.config.action_size):
+            played = rollout.actions[..., j] / self.config.action_scale
+            if not np.allclose(rollout.by_episode(noted[f"action {j + 1}"]), played, atol=1e-5, equal_nan=True):
+                raise ValueError("the rollout's actions are not those that were noted; give the one watched last")
 
 
-def _change(before: object, after: object) -> Tensor:
+def _change(before: Sequence[Any], after: Sequence[Any]) -> Tensor:
     """The change of a Mamba's state relative to its size, (n,)."""
-    if not isinstance(after, tuple) or not hasattr(after[0], "ssm"):
-        return torch.full((len(after.caches[0].keys),), torch.nan)
     states = [(old.ssm.flatten(1), new.ssm.flatten(1)) for old, new in zip(before, after, strict=True)]
     moved = sum((new - old).square().sum(1) for old, new in states)
     size = sum(new.square().sum(1) for _, new in states)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import traitlets
 from torch import nn
 
 from adbook.insight import Watched
-from adbook.play import Recorder, play
-from adbook.player import RolloutPlayer
+from adbook.play import checksum
+from adbook.player import OutOfRangeError, RolloutPlayer
 from adbook.policy import ADPolicy
 from adbook.recording import recording
-from adbook.rollout import Rollout
-from adbook.tasks import Task, TaskFamily
+from adbook.session import Session
+from adbook.tasks import TaskFamily
 
 MOST_EPISODES = 200  # between two calls of `forget`
 _PERIOD = 1 / 30  # s between two pictures
 _HOLD = 0.4  # s of rest after an episode, at real time
 _NO_LIMIT = 2**24  # bytes of a recording: a kernel is at hand, nothing goes into a page
+
+
+class _Goal(traitlets.List):
+    """A goal may be given as a number, a tuple or an array."""
+
+    def validate(self, obj: Any, value: Any) -> list[float]:
+        return super().validate(obj, np.atleast_1d(value).tolist())
 
 
 class LivePlayer(RolloutPlayer):
@@ -30,6 +38,9 @@ class LivePlayer(RolloutPlayer):
     Every agent has an environment of its own with the same starts. A run plays `episodes` more episodes and can be
     stopped and resumed at any step; the agents' memories are kept until `forget`. A goal set in between holds from the
     next episode on; nobody is told. Without a kernel, in a built page, what was recorded can be watched.
+
+    A run has a thread of its own, which also calls what observes the traits that it sets. `run`, `stop` and `forget`
+    are for one thread at a time. Until `close`, policies stay in evaluation mode.
 
     Args:
         agents: A policy, or several by name; an `ADPolicy` also shows what it sees.
@@ -53,7 +64,7 @@ class LivePlayer(RolloutPlayer):
         ValueError: No agent or more than four, a policy of another family's sizes, or a goal out of the family's range.
     """
 
-    goal = traitlets.List(traitlets.Float()).tag(sync=True)
+    goal = _Goal(traitlets.Float()).tag(sync=True)
     goals = traitlets.List().tag(sync=True)
     limits = traitlets.List(traitlets.Float()).tag(sync=True)  # of a goal, or of its norm if it has two numbers
     running = traitlets.Bool(False).tag(sync=True)
@@ -63,7 +74,12 @@ class LivePlayer(RolloutPlayer):
     follow = traitlets.Bool(True).tag(sync=True)
     trouble = traitlets.Unicode("").tag(sync=True)
     current_steps = traitlets.List(traitlets.Int()).tag(sync=True)  # (A,) of the episode being played; none between two
-    current = traitlets.Bytes().tag(sync=True)  # by agent: qpos (t + 1, Q), rewards (t,), seen (t, names), float32
+    current = traitlets.Bytes().tag(sync=True)  # of `Session.current`
+
+    _session: Session | None = None
+    _thread: threading.Thread | None = None
+    _error: Exception | None = None  # of the last run, until somebody waits for it
+    _broken = ""  # why there can be no further run before `forget`
 
     def __init__(
         self,
@@ -76,32 +92,31 @@ class LivePlayer(RolloutPlayer):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        agents = {"mamba": agents} if isinstance(agents, nn.Module) else dict(agents)
-        self._agents = {
-            name: Watched(agent) if isinstance(agent, ADPolicy) else agent for name, agent in agents.items()
-        }
-        self._family, self._seed = family, seed
         self._lock = threading.RLock()  # between what the page sends and what a run shows
-        self._stop, self._thread, self._error = threading.Event(), None, None
-        self._plays: dict[str, Iterator[Recorder]] = {}
-        self._probe = family.make(family.test_tasks[0]).unwrapped  # knows which goals there are
-        goal = self._checked(family.test_tasks[0].goal if goal is None else goal)
+        self._stop, self._in_message = threading.Event(), False
+        agents = {"mamba": agents} if isinstance(agents, nn.Module) else dict(agents)
         if not agents:
             raise ValueError("0 agents were given; the player shows one to four.")
+        self._agents = {name: _watched(agent) for name, agent in agents.items()}
+        self._family, self._seed = family, seed
+        self._probe = family.make(family.test_tasks[0]).unwrapped  # knows which goals there are
+        goal = self._checked(family.test_tasks[0].goal if goal is None else goal)
         self._start_over(goal)
-        super().__init__(self._finished(), insight=self._insight(self._finished()))
-        self.set_trait("limits", list(self._probe.goal_range))
+        rollouts = self._session.finished()
+        super().__init__(rollouts, insight=self._session.insight(rollouts))
         self.goal, self.episodes, self.pace = goal, episodes, pace
-        self._show_current()
+        self._show(limits=list(self._probe.goal_range), **self._current())
         self.on_msg(self._told)
 
     def run(self, episodes: int | None = None, *, wait: bool = False) -> None:
-        """Play on, in the background.
+        """Play on, in the background; while it plays, nothing more is begun.
 
         Args:
             episodes: Sets `episodes` first.
-            wait: Return when the run is over; see `wait`.
+            wait: Wait for a run that has begun, then for this one; see `wait`.
         """
+        if wait or not self.running:
+            self._join()
         if episodes is not None:
             self.episodes = episodes
         self.running = True
@@ -115,33 +130,57 @@ class LivePlayer(RolloutPlayer):
 
     def wait(self) -> None:
         """Return when the run is over; what broke it off is raised here."""
-        if self._thread not in (None, threading.current_thread()):
-            self._thread.join()
+        self._join()
         error, self._error = self._error, None
         if error:
             raise error
 
     def forget(self) -> None:
-        """Stop, empty the agents' memories, and start afresh with the next seed; the recording is dropped."""
+        """Stop, empty the agents' memories, and start afresh with the next seed; the recording is dropped.
+
+        Raises:
+            RuntimeError: It is called by what observes a run, in its thread.
+        """
+        if self._thread is threading.current_thread():
+            raise RuntimeError("forget() was called in the thread of the run; set running = False, and forget later.")
         self.running = False
-        if self._thread:
-            self._thread.join()
-        self._seed += 1
+        self._join()
+        self._seed, self._error, self._broken = self._seed + 1, None, ""
         self._start_over(self.goal)
-        with self._lock, self.hold_sync():
-            self.trouble, self.follow = "", True
-            self._show_recording()
-            self._show_current()
+        self._show(trouble="", follow=True, planned=0)
+        self._show(**self._recording())
+        self._show(**self._current())
 
     def close(self) -> None:
-        """Stop, and take the player away."""
-        self._stop.set()
+        """Stop, close the environments, and take the player away."""
+        self._broken = "The player is closed; make another."
+        if self.running:
+            self.running = False
+        self._join()
+        if self._session and self._thread is not threading.current_thread():
+            self._session.close()
         super().close()
 
     def set_state(self, sync_data: dict) -> None:
         """Take over what the page sends, not in the midst of what a run shows."""
         with self._lock:
-            super().set_state(sync_data)
+            self._in_message = True
+            try:
+                super().set_state(sync_data)
+            finally:
+                self._in_message = False
+
+    def _join(self) -> None:
+        """Wait for the run's thread, unless this is it."""
+        if self._thread in (None, threading.current_thread()):
+            return
+        held = self._in_message and self._lock.acquire(blocking=False)  # by what observes a message of the page
+        if held:  # the run may want to show something before it ends
+            self._lock.release()
+            self._lock.release()
+        self._thread.join()
+        if held:
+            self._lock.acquire()
 
     def _told(self, _: RolloutPlayer, content: dict, buffers: list) -> None:
         if content.get("do") == "hello":  # a view asks whether there is a kernel
@@ -157,14 +196,17 @@ class LivePlayer(RolloutPlayer):
 
     @traitlets.validate("goal")
     def _allowed_goal(self, proposal: traitlets.Bunch) -> list[float]:
-        return self._checked(proposal.value)
+        try:
+            return self._checked(proposal.value)
+        except ValueError as error:
+            raise OutOfRangeError(str(error)) from error
 
     @traitlets.validate("episodes", "pace")
     def _allowed_number(self, proposal: traitlets.Bunch) -> float:
         name, value = proposal.trait.name, proposal.value
         low, high = (1, MOST_EPISODES) if name == "episodes" else (0, 1000)
         if not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+            raise OutOfRangeError(f"{name} is {value}; it must lie between {low} and {high}.")
         return value
 
     @traitlets.observe("goal")
@@ -174,10 +216,14 @@ class LivePlayer(RolloutPlayer):
 
     def _take_goal(self) -> None:
         """Where nothing has been played yet, give the first episode the goal as it is now."""
-        fresh = not any(record.t.any() or record.episode.any() for record in self._records.values())
-        if fresh and self.goal != self._goals[0]:
+        if self._session.fresh and self.goal != self._session.goals[0]:
             self._start_over(self.goal)
-            self._show_current()
+            self._show(**self._current())
+
+    def _start_over(self, goal: list[float]) -> None:
+        if self._session:
+            self._session.close()
+        self._session = Session(self._agents, self._family, goal, MOST_EPISODES, self._seed)
 
     # playing
 
@@ -186,114 +232,100 @@ class LivePlayer(RolloutPlayer):
         self._stop.set()
         if change.new:
             self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._work, args=(self._stop, self._thread), daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, args=(self._stop, self._thread), daemon=True)
+            thread.start()
+            self._thread = thread
 
     def _work(self, stop: threading.Event, previous: threading.Thread | None) -> None:
-        if previous:
-            previous.join()
+        trouble = ""
         try:
-            self.trouble, self._error = "", None
+            if previous:
+                previous.join()
+            self._error = None
+            self._show(trouble="")
             self._play_on(stop)
         except Exception as error:  # it is told in the page, and raised where somebody waits
-            self.trouble, self._error = f"The run broke off: {error}", error
+            trouble, self._error = f"The run broke off: {error}", error
         finally:
-            if not stop.is_set():
-                self.running = False
+            self._show(trouble=trouble, **{} if stop.is_set() else {"running": False})
 
     def _play_on(self, stop: threading.Event) -> None:
-        until = self._episode + self.episodes
+        until = self._session.episode + self.episodes
+        if self._broken:
+            raise RuntimeError(self._broken)
         if until > MOST_EPISODES:
             raise ValueError(f"{until} episodes would be more than {MOST_EPISODES}, the most; forget first.")
         self._take_goal()
-        self.planned = until
+        self._show(planned=until)
+        before = self._weights()
+        try:
+            self._play_until(until, stop)
+        except Exception as error:
+            self._broken = f"An agent broke off ({error}); forget first."
+            raise
+        if self._weights() != before:
+            raise RuntimeError("A policy's parameters changed during the run; they must stay frozen.")
+
+    def _play_until(self, until: int, stop: threading.Event) -> None:
         due = shown = time.perf_counter()
-        while not stop.is_set() and self._episode < until:
-            over = self._step()
+        while not stop.is_set() and self._session.episode < until:
+            over = self._session.step(self.goal)
             now = time.perf_counter()
             if over:
-                self._show_recording()
+                self._show(**self._recording())
             elif now - shown > _PERIOD:
-                self._show_current()
+                self._show(**self._current())
                 shown = now
             due = max(due, now - _PERIOD) + self._seconds(over)  # what is late is not made up for
             stop.wait(max(0.0, due - time.perf_counter()))
-        if self._episode < until:
-            self._show_current()
+        if self._session.episode < until:
+            self._show(**self._current())
 
     def _seconds(self, over: bool) -> float:
         """How long a step lasts, or the last one of an episode."""
         return (self.scene["dt"] + _HOLD * over) / self.pace if self.pace else 0.0
 
-    @property
-    def _episode(self) -> int:
-        """How many episodes all agents have finished."""
-        return min(int(record.episode[0]) for record in self._records.values())
-
-    def _start_over(self, goal: list[float]) -> None:
-        for steps in self._plays.values():
-            steps.close()
-        task = Task(self._family.name, tuple(goal), "sampled", 0)
-        options = {"episodes": MOST_EPISODES, "seed": self._seed}
-        self._plays = {name: play(agent, self._family, [task], **options) for name, agent in self._agents.items()}
-        self._records = {name: next(steps) for name, steps in self._plays.items()}
-        self._goals = [list(goal)]
-
-    def _step(self) -> bool:
-        """Make a step of every agent that is still in this episode; tell whether that ended it for all."""
-        episode = self._episode
-        if len(self._goals) == episode:  # it begins
-            self._goals.append(self.goal)
-            for record in self._records.values():
-                record.envs[0].unwrapped.goal = self.goal
-        for name, record in self._records.items():
-            if record.episode[0] == episode:
-                next(self._plays[name])
-        return self._episode > episode
+    def _weights(self) -> list[str]:
+        return [checksum(agent) for agent in self._agents.values()]
 
     # what the page is told
 
-    def _finished(self) -> dict[str, Rollout]:
-        about = {"seed": self._seed, "goals": self._goals[: self._episode]}
-        return {name: Rollout.of(record, about) for name, record in self._records.items()}
-
-    def _insight(self, rollouts: Mapping[str, Rollout]) -> dict[str, dict[str, np.ndarray]]:
-        return {
-            name: agent.insight(rollouts[name]) for name, agent in self._agents.items() if isinstance(agent, Watched)
-        }
-
-    def _show_recording(self) -> None:
-        """Show the finished episodes."""
-        rollouts = self._finished()
-        data = recording(rollouts, self._insight(rollouts), self.scene, _NO_LIMIT)
+    def _show(self, **state: Any) -> None:
+        """Set traits, the page's too, all at once."""
         with self._lock, self.hold_sync():
-            self.rollouts = rollouts
-            for name, value in data.items():
+            for name, value in state.items():
                 self.set_trait(name, value)
-            self.goals, self.current_steps, self.current = list(self._goals), [], b""
-            if self.follow:
-                self.episode, self.step = max(self._episode - 1, 0), self.shape[3] if self._episode else 0
 
-    def _show_current(self) -> None:
-        """Show the episode that is being played, unless all agents are between two."""
-        if all(record.over[0] for record in self._records.values()):
-            return
-        steps = [int(record.t[0]) for record in self._records.values()]
-        current = b"".join(part.astype("<f4").tobytes() for name in self._records for part in self._played(name))
-        with self._lock, self.hold_sync():
-            self.goals, self.current_steps, self.current = list(self._goals), steps, current
-            if self.follow:
-                self.episode, self.step = self._episode, max(steps)
+    def _recording(self) -> dict[str, Any]:
+        """The finished episodes."""
+        self.rollouts = self._session.finished()
+        data = recording(self.rollouts, self._session.insight(self.rollouts), self.scene, _NO_LIMIT)
+        state = data | {"goals": list(self._session.goals), "current_steps": [], "current": b""}
+        last = self._session.episode - 1
+        return state | self._place(max(last, 0), self.shape[3] if last >= 0 else 0)
 
-    def _played(self, name: str) -> Iterator[np.ndarray]:
-        """One agent's coordinates, rewards, and what it saw, in the episode that is being played."""
-        agent, record, episode = self._agents[name], self._records[name], self._episode
-        t = int(record.t[0])
-        yield record.qpos[0, episode, : t + 1][:, self.scene["used"]]
-        yield record.rewards[0, episode, :t]
-        if isinstance(agent, Watched) and t:
-            noted = agent.noted(-t) | {"reward": record.rewards[:, episode, :t]}
-            yield np.stack([noted[name][0] for name in self.insight["names"]], -1)
+    def _current(self) -> dict[str, Any]:
+        """The episode that is being played; nothing between two, for then the recording is all there is."""
+        steps, current = self._session.current(self.scene["used"], self.insight.get("names", []))
+        if not steps:
+            return {}
+        state = {"goals": list(self._session.goals), "current_steps": steps, "current": current}
+        return state | self._place(self._session.episode, max(steps))
+
+    def _place(self, episode: int, step: int) -> dict[str, int]:
+        """The newest place, for who follows it."""
+        return {"episode": episode, "step": step} if self.follow else {}
 
     def _episodes_shown(self) -> int:
         return self.shape[2] + bool(self.current_steps)
+
+    def _embedded(self) -> dict[str, Any]:
+        with self._lock:
+            return super()._embedded() | {"running": False, "planned": 0}
+
+
+def _watched(agent: nn.Module) -> nn.Module:
+    """A policy with its own notes, also where one is given several times."""
+    if isinstance(agent, Watched):
+        agent = agent.policy
+    return Watched(agent) if isinstance(agent, ADPolicy) else agent

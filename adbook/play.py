@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,8 @@ def play(
     """Do what `adbook.rollout` does, one step of all tasks at a time.
 
     Yields the record before the first step and after every step. Where an episode is `over`, the goal of the next one
-    may be moved then, ``record.envs[i].unwrapped.goal = ...``; the policy's state is kept.
+    may be moved then, ``record.envs[i].unwrapped.goal = ...``; the policy's state is kept. Until the play is exhausted
+    or closed, the policy is in evaluation mode and the environments are open.
 
     Args:
         policy: As for `rollout`, like all that follow.
@@ -47,20 +48,17 @@ def play(
 
     Raises:
         ValueError: As `rollout`, before the first step.
-        RuntimeError: A parameter of the policy changed while it ran.
+        RuntimeError: A parameter of the policy has changed by the end; not where the play is closed before it.
     """
     _check_request(policy, family, tasks, episodes)
     children = np.random.SeedSequence(seed).spawn(len(tasks) + 1)
     policy_seed, *env_seeds = (int(child.generate_state(1)[0]) for child in children)
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(policy_seed)
-    was_training, before = policy.training, _checksum(policy)
+    was_training, before = policy.training, checksum(policy)
     policy.eval()
     with ExitStack() as stack:
         stack.callback(policy.train, was_training)
-        # One thread: a step is too little work to share, and threads that wait for each other stall on a busy machine.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
         envs = []
         for task in tasks:
             envs.append(family.make(task))
@@ -72,7 +70,7 @@ def play(
             record.begin()
             if not record.active.any():
                 break
-            with torch.inference_mode():  # not around the yield: it would follow the caller home
+            with _alone():  # not around the yield: it would follow the caller home
                 batch = (torch.from_numpy(x.copy()).to(device) for x in (record.observation, reward, record.start))
                 observation, fed, start = batch
                 fed = None if withhold_reward else fed
@@ -80,8 +78,20 @@ def play(
                     observation, fed, start, state, deterministic=deterministic, generator=generator
                 )
             reward = record.step(action.float().cpu().numpy())
-    if _checksum(policy) != before:
+    if checksum(policy) != before:
         raise RuntimeError("The policy's parameters changed during the rollout; they must stay frozen.")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inference in one thread: a step is too little work to share, and threads that wait stall on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Recorder:
@@ -183,7 +193,7 @@ def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task],
             )
 
 
-def _checksum(policy: nn.Module) -> str:
+def checksum(policy: nn.Module) -> str:
     """Digest of every parameter and buffer."""
     digest = hashlib.blake2b()
     for name, tensor in policy.state_dict().items():

@@ -81,7 +81,7 @@ function build(model, data) {
 function buildLive(ui, data) {
   ui.fields = FIELDS[data.scene.view.goal].map(([name, , , step]) =>
     make("input", { type: "number", step, "aria-label": `Goal: ${name}` }));
-  ui.episodes = make("input", { type: "number", min: 1, max: 100, step: 1, "aria-label": "Episodes to run" });
+  ui.episodes = make("input", { type: "number", min: 1, max: 200, step: 1, "aria-label": "Episodes to run" });
   ui.run = make("button", { type: "button", class: "adp-wide adp-run" }, "Run");
   ui.forget = make("button", { type: "button", class: "adp-wide", title: "Empty the memories and start afresh" }, "Forget");
   ui.follow = make("button", { type: "button", class: "adp-wide" }, "Back to live");
@@ -394,7 +394,7 @@ async function render({ model, el }) {
     ui.run.onclick = () => set({ follow: true, running: !running() });
     ui.forget.onclick = () => model.send({ do: "forget" });
     ui.follow.onclick = () => set({ follow: true });
-    ui.episodes.onchange = () => set({ episodes: clamp(Math.round(Number(ui.episodes.value)) || 1, 1, 100) });
+    ui.episodes.onchange = () => set({ episodes: clamp(Math.round(Number(ui.episodes.value)) || 1, 1, 200) });
     ui.speed.onchange = () => set({ pace: Number(ui.speed.value) });
     Object.assign(heard, {
       "change:frames": takeRecording, "change:current": takeCurrent, "change:running": switched, "msg:custom": told,

@@ -33,6 +33,10 @@ _SCRIPT = "\n".join((_FOLDER / f"{name}.js").read_text() for name in ("player_da
 _STYLE = (_FOLDER / "player.css").read_text()
 
 
+class OutOfRangeError(traitlets.TraitError, ValueError):
+    """A trait was set to what it cannot be."""
+
+
 class RolloutPlayer(anywidget.AnyWidget):
     """A player for rollouts of one to four agents on the same tasks.
 
@@ -110,9 +114,7 @@ class RolloutPlayer(anywidget.AnyWidget):
         Returns:
             The path written.
         """
-        others = set(anywidget.AnyWidget.class_trait_names(sync=True))  # of every widget
-        names = [name for name in self.trait_names(sync=True) if name not in others and not name.startswith("_")]
-        state = {name: getattr(self, name) for name in names}
+        state = self._embedded()
         names = [name for name, value in state.items() if isinstance(value, bytes)]
         state |= {name: base64.b64encode(state[name]).decode() for name in names}
         page = Template((_FOLDER / "player.html").read_text()).substitute(
@@ -168,8 +170,22 @@ class RolloutPlayer(anywidget.AnyWidget):
         name, value = proposal.trait.name, proposal.value
         highest = {"task": n - 1, "episode": max(self._episodes_shown() - 1, 0), "step": steps}[name]
         if not 0 <= value <= highest:
-            raise ValueError(f"{name} is {value}; it must lie between 0 and {highest}.")
+            raise OutOfRangeError(f"{name} is {value}; it must lie between 0 and {highest}.")
         return value
+
+    def set_state(self, sync_data: dict) -> None:
+        """Take over what the page sends; where it cannot be, tell the page what is."""
+        try:
+            super().set_state(sync_data)
+        except traitlets.TraitError:
+            self.send_state(list(sync_data))
+            raise
+
+    def _embedded(self) -> dict[str, Any]:
+        """The state that a page without a kernel needs."""
+        others = set(anywidget.AnyWidget.class_trait_names(sync=True))  # of every widget
+        names = [name for name in self.trait_names(sync=True) if name not in others and not name.startswith("_")]
+        return {name: getattr(self, name) for name in names}
 
     def _episodes_shown(self) -> int:
         return self.shape[2]
@@ -177,13 +193,13 @@ class RolloutPlayer(anywidget.AnyWidget):
 
 def _agent(name: str, position: int, rollout: Rollout) -> dict[str, Any]:
     """An agent as the page knows it; a source's rollout says which of its many episodes it holds, task by task."""
-    numbers = {key: rollout.metadata[key] for key in ("episodes", "of") if key in rollout.metadata}
+    numbers = {key: rollout.metadata[key] for key in ("episodes", "of")} if "of" in rollout.metadata else {}
     return {"name": name, "color": style(name, position).color, **numbers}
 
 
 def _script(value: object) -> str:
     """As a literal inside a script element, which it must not close."""
-    return json.dumps(value).replace("</", "<\\/")
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _label(task: Task) -> str:
@@ -199,4 +215,6 @@ def _per_task(name: str, values: ArrayLike, n: int) -> list[float]:
     values = np.asarray(values, float)
     if values.shape != (n,):
         raise ValueError(f"references[{name!r}] has shape {values.shape}; it must be ({n},), one return a task.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"references[{name!r}] holds {values[~np.isfinite(values)][0]}; every return must be finite.")
     return np.round(values, 4).tolist()

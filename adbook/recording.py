@@ -42,6 +42,17 @@ def check(rollouts: Mapping[str, Rollout]) -> None:
             )
 
 
+def _check_positions(name: str, qpos: np.ndarray, lengths: np.ndarray) -> None:
+    """Refuse positions (n, K, T + 1, nq) that are not finite before an episode's end."""
+    played = np.arange(qpos.shape[2]) <= lengths[..., None]  # (n, K, T + 1)
+    faults = np.argwhere(played & ~np.isfinite(qpos).all(-1))
+    if len(faults):
+        i, k, t = faults[0]
+        raise ValueError(
+            f"The rollout {name!r} has no finite qpos in task {i}, episode {k}, step {t}; record it again."
+        )
+
+
 def recording(
     rollouts: Mapping[str, Rollout], insight: Insight, scene: Mapping[str, Any], most_bytes: float = MOST_BYTES
 ) -> dict[str, Any]:
@@ -54,7 +65,8 @@ def recording(
         most_bytes: In a page; fewer frames are kept to stay below.
 
     Raises:
-        ValueError: The robot has other coordinates, insight of an unknown agent, or too much data.
+        ValueError: The robot has other coordinates, positions that are not finite, insight of an unknown agent or other
+            than `Watched` gives it, or too much data.
     """
     first = next(iter(rollouts.values()))
     if scene["coordinates"] != first.qpos.shape[-1]:
@@ -62,6 +74,8 @@ def recording(
             f"qpos has {first.qpos.shape[-1]} coordinates and {first.family}'s robot {scene['coordinates']}; "
             "give a rollout of that family."
         )
+    for name, rollout in rollouts.items():
+        _check_positions(name, rollout.qpos, rollout.lengths)
     data = _insight(insight, rollouts)
     room = most_bytes * 3 / 4 - len(data["seen"])
     data |= _frames(np.stack([r.qpos for r in rollouts.values()])[..., scene["used"]], room, most_bytes)
@@ -109,10 +123,12 @@ def _insight(insight: Insight, rollouts: Mapping[str, Rollout]) -> dict[str, Any
         raise ValueError(f"insight is given for {unknown[0]!r}, which is not among the rollouts {', '.join(rollouts)}.")
     if not insight:
         return {"insight": {}, "seen": b""}
+    shape = next(iter(rollouts.values())).rewards.shape
+    for agent, values in insight.items():
+        _check_insight(agent, values, shape)
     insight = {agent: {**values, "reward": rollouts[agent].rewards} for agent, values in insight.items()}
     known = {agent: _told(values) for agent, values in insight.items()}
     names = list(dict.fromkeys(name for own in known.values() for name in own))
-    shape = next(iter(rollouts.values())).rewards.shape
     columns = [[np.broadcast_to(insight.get(agent, {}).get(name, 0.0), shape) for agent in rollouts] for name in names]
     values = np.nan_to_num(np.array(columns)).reshape(len(names), -1)
     levels = [_REWARD_LEVELS if name == "reward" else _LEVELS for name in names]
@@ -127,6 +143,18 @@ def _insight(insight: Insight, rollouts: Mapping[str, Rollout]) -> dict[str, Any
         "contexts": [contexts.get(agent) for agent in rollouts],
     }
     return {"insight": described, "seen": _deflate(np.round(values / units[:, None]))}
+
+
+def _check_insight(agent: str, values: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    size = sum(name.startswith("mean ") for name in values)
+    needed = {f"{name} {j + 1}" for j in range(size) for name in ("mean", "std", "action")}
+    if not needed or not needed <= set(values):
+        raise ValueError(f"insight[{agent!r}] holds {', '.join(values)}; give what Watched.insight returned.")
+    for name, x in values.items():
+        if np.shape(x) != (() if name == "context" else shape):
+            raise ValueError(
+                f"insight[{agent!r}][{name!r}] has shape {np.shape(x)}; it must be {shape}, as the rewards."
+            )
 
 
 def _told(values: Mapping[str, np.ndarray]) -> list[str]:

@@ -41,8 +41,9 @@ def source_rollout(histories: Sequence[LearningHistory], *, episodes: int = 20) 
 
     Returns:
         Their rewards, actions and positions. `metadata` holds `source`, the algorithm's name; `episodes`, for each task
-        the ``K`` numbers, from 0, of the episodes shown; and `of`, for each task how many there were. Both count all
-        episodes of the source run, those of the environments beside this one too, and those thinned out.
+        the ``K`` numbers, from 0, of the episodes shown; and `of`, for each task how many there were by the last one
+        of the history. Both count all episodes of the source run, those of the environments beside this one too, and
+        those thinned out.
 
     Raises:
         ValueError: no history, one that names no task, several families, two histories of one task, or fewer episodes

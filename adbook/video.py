@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -28,6 +29,7 @@ from adbook.tasks import family
 
 _MOST_FPS = {".mp4": 50, ".gif": 25}
 _LEAST = {"width": 192, "height": 96}  # pixels: a caption needs as many
+_MOST_PIXELS = 4096  # of width and height
 _INK = (40, 40, 40)
 
 
@@ -62,11 +64,13 @@ def write_video(
 
     Raises:
         ValueError: Another suffix, rollouts that do not fit each other, an index or a number out of range.
+        TypeError: An index or a size that is no whole number.
         RuntimeError: There is no renderer; the message says what to install.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     check(rollouts)
+    task, width, height = (operator.index(number) for number in (task, width, height))
     _check_film(suffix, width, height, speed)
     episodes = _checked_episodes(next(iter(rollouts.values())), task, episodes)
     robots = family(next(iter(rollouts.values())).family)
@@ -87,17 +91,18 @@ def _check_film(suffix: str, width: int, height: int, speed: float) -> None:
         raise ValueError(f"The suffix is {suffix!r}; let the file's name end in .mp4 or .gif.")
     kind = "an even number" if suffix == ".mp4" else "a whole number"
     for name, size in (("width", width), ("height", height)):
-        if size < _LEAST[name] or size % (2 if suffix == ".mp4" else 1):
-            raise ValueError(f"{name} is {size}; in {suffix} it must be {kind} of at least {_LEAST[name]} pixels.")
-    if not 0 < speed < math.inf:
-        raise ValueError(f"speed is {speed}; it must be above 0: 1 is real time, 2 is twice as fast.")
+        if not _LEAST[name] <= size <= _MOST_PIXELS or size % (2 if suffix == ".mp4" else 1):
+            limits = f"from {_LEAST[name]} to {_MOST_PIXELS} pixels"
+            raise ValueError(f"{name} is {size}; in {suffix} it must be {kind} {limits}.")
+    if not 0.01 <= speed <= 1000:
+        raise ValueError(f"speed is {speed}; it must lie between 0.01 and 1000: 1 is real time, 2 is twice as fast.")
 
 
 def _checked_episodes(rollout: Rollout, task: int, episodes: Sequence[int] | None) -> list[int]:
     n, there = rollout.returns.shape
     if not 0 <= task < n:
         raise ValueError(f"task is {task}; it must lie between 0 and {n - 1}.")
-    episodes = list(range(there) if episodes is None else episodes)
+    episodes = [operator.index(k) for k in (range(there) if episodes is None else episodes)]
     if not episodes:
         raise ValueError("There is no episode to film; give the index of one, or play one first.")
     for k in episodes:

@@ -8,10 +8,12 @@ import torch
 from player_cases import policy
 
 import adbook
+from adbook.insight import Watched
 from adbook.live import LivePlayer
 from adbook.mamba import MambaConfig
 from adbook.rollout import RandomPolicy
 from adbook.tasks import Task
+from adbook.transformer import TransformerConfig
 
 GOAL, OTHER = (0.1, 0.05), (-0.1, 0.1)
 
@@ -191,3 +193,113 @@ def test_the_pages_messages_reach_it(live):
     live.set_state({"goal": list(OTHER), "episodes": 2, "running": True})
     live.wait()
     assert live.goals == [list(OTHER)] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what goes wrong when several things happen at once
+
+
+@pytest.mark.parametrize("act", ["stop", "forget", "wait"])
+def test_who_observes_a_message_of_the_page_may_wait_for_the_run(live, act):
+    live.observe(lambda change: getattr(live, act)(), "goal")
+    shown = threading.Event()
+    live.observe(lambda change: shown.set(), "current_steps")
+    live.pace = 1
+    live.run(1)
+    assert shown.wait(30)
+    message = threading.Thread(target=live.set_state, args=({"goal": list(OTHER)},), daemon=True)
+    message.start()
+    message.join(30)
+    assert not message.is_alive()
+    assert live.running is False
+
+
+def test_what_the_page_may_not_set_is_set_back_and_the_page_is_told(live):
+    live.send_state = (told := []).append
+    for wrong in ({"goal": [5.0, 5.0], "episodes": 7}, {"goal": [float("nan"), 0]}, {"pace": -3.0}, {"episode": 9}):
+        with pytest.raises(ValueError, match=r"is not a point|it must lie between"):
+            live.set_state(wrong)
+    assert (live.goal, live.episodes, live.pace, live.episode) == (list(GOAL), 20, 0, 0)
+    assert told == [["goal", "episodes"], ["goal"], ["pace"], ["episode"]]
+
+
+@pytest.mark.parametrize("goal", [np.array(OTHER), np.float32(OTHER).tolist(), OTHER])
+def test_a_goal_can_be_set_in_every_form_of_numbers(live, goal):
+    live.goal = goal
+    assert live.goal == pytest.approx(OTHER)
+    assert all(type(number) is float for number in live.goal)
+
+
+def test_two_players_of_one_policy_do_not_see_each_others_thoughts(mamba):
+    family = adbook.family("reacher-goal")
+    players = [LivePlayer(mamba, family, goal=GOAL, pace=0, seed=seed) for seed in (0, 1)]
+    for player in players:
+        player.run(4)
+    for player in players:
+        player.wait()
+        alone = LivePlayer(mamba, family, goal=GOAL, pace=0, seed=player._seed)
+        alone.run(4, wait=True)
+        assert player.seen == alone.seen
+        alone.close()
+        player.close()
+
+
+def test_a_player_leaves_torch_and_the_policies_as_they_were(mamba):
+    threads = torch.get_num_threads()
+    mamba.train()
+    live = LivePlayer({"a": mamba, "b": mamba}, adbook.family("reacher-goal"), pace=0)
+    assert torch.get_num_threads() == threads
+    live.run(1, wait=True)
+    live.forget()
+    live.close()
+    assert torch.get_num_threads() == threads
+    assert mamba.training
+    live.run(1)
+    with pytest.raises(RuntimeError, match="The player is closed; make another"):
+        live.wait()
+
+
+def test_after_a_run_broke_off_the_next_says_to_forget(live, mamba):
+    with torch.no_grad():
+        mamba.head.bias.fill_(float("nan"))
+    for message in ("it must be finite", "An agent broke off .*; forget first"):
+        live.run(1)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            live.wait()
+
+
+def test_weights_that_change_in_a_run_are_found_out(live, mamba):
+    def learn(change):
+        with torch.no_grad():
+            mamba.head.bias.add_(1e-3)
+
+    live.observe(learn, "returns")
+    live.run(1)
+    with pytest.raises(RuntimeError, match="parameters changed during the run"):
+        live.wait()
+
+
+def test_who_observes_the_run_cannot_forget_it(live):
+    live.observe(lambda change: live.forget(), "current_steps")
+    live.run(1)
+    with pytest.raises(RuntimeError, match=r"forget\(\) was called in the thread of the run"):
+        live.wait()
+
+
+def test_what_is_saved_of_a_run_is_at_rest(live, tmp_path):
+    live.observe(lambda change: live.save_html(tmp_path / "page.html"), "current_steps")
+    live.run(1, wait=True)
+    assert '"running": false' in (tmp_path / "page.html").read_text()
+
+
+def test_several_watched_agents_and_a_transformer_are_told_apart(mamba):
+    transformer = policy(TransformerConfig(d_model=16, n_layers=1, n_heads=2, context=60))
+    watched = Watched(mamba)
+    agents = {"mamba": watched, "again": watched, "transformer": transformer, "random": RandomPolicy(2)}
+    live = LivePlayer(agents, adbook.family("reacher-goal"), pace=0)
+    assert "change" not in live.insight["agents"][2]  # before the first step, too
+    live.run(2, wait=True)
+    known = live.insight["agents"]
+    assert [bool(names) and "change" in names for names in known] == [True, True, False, False]
+    assert live.insight["contexts"] == [None, None, 60, None]
+    live.close()

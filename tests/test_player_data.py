@@ -9,6 +9,7 @@ from player_cases import policy, recorded
 
 import adbook
 from adbook.insight import Watched
+from adbook.mamba import MambaConfig
 from adbook.player import RolloutPlayer
 from adbook.recording import MOST_BYTES
 from adbook.rollout import rollout
@@ -80,18 +81,62 @@ def test_a_reference_needs_one_return_a_task():
         RolloutPlayer(recorded(), references={"source": [-1, -2, -3]})
 
 
+def test_what_cannot_be_drawn_is_refused():
+    rollout = recorded()
+    broken = rollout.qpos.copy()
+    broken[1, 2, 7, 0] = np.inf
+    with pytest.raises(ValueError, match=r"The rollout 'a' has no finite qpos .*task 1, episode 2, step 7"):
+        RolloutPlayer({"a": replace(rollout, qpos=broken)})
+    with pytest.raises(ValueError, match=r"references\['random'\] holds nan"):
+        RolloutPlayer(rollout, references={"random": [np.nan, 1.0]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: {"mean 1": values["mean 1"]}, r"insight\['mamba'\] holds mean 1; give what Watched.insight"),
+        (lambda values: {}, "give what Watched.insight returned"),
+        (lambda values: values | {"std 1": values["std 1"][:, :1]}, r"\['std 1'\] has shape \(2, 1, 50\)"),
+        (lambda values: values | {"change": np.array(1.0)}, r"\['change'\] has shape \(\); it must be \(2, 2, 50\)"),
+    ],
+)
+def test_insight_that_no_watched_policy_gave_is_refused(change, message):
+    family = adbook.family("reacher-goal")
+    watched = Watched(policy(MambaConfig(d_model=8, n_layers=1)))
+    seen = rollout(watched, family, family.test_tasks[:2], episodes=2)
+    with pytest.raises(ValueError, match=message):
+        RolloutPlayer(seen, insight={"mamba": change(watched.insight(seen))})
+
+
+def test_insight_into_another_rollout_is_refused():
+    family = adbook.family("reacher-goal")
+    plain = policy(MambaConfig(d_model=8, n_layers=1)).eval()
+    watched = Watched(plain)
+    others = [rollout(plain, family, family.test_tasks[:n], episodes=k, seed=1) for n, k in ((2, 2), (1, 2), (2, 3))]
+    with pytest.raises(ValueError, match="noted were"):
+        watched.insight(others[0])  # before anything is noted
+    seen = rollout(watched, family, family.test_tasks[:2], episodes=2)
+    for other in others:
+        with pytest.raises(ValueError, match="give the one watched last"):
+            watched.insight(other)
+    assert watched.insight(seen)["mean 1"].shape == (2, 2, 50)
+    assert not plain.training
+
+
 def test_a_transformers_state_has_no_change():
     family = adbook.family("reacher-goal")
     watched = Watched(policy(TransformerConfig(d_model=16, n_layers=1, n_heads=2, context=100)))
     seen = rollout(watched, family, family.test_tasks[:1], episodes=1)
     insight = watched.insight(seen)
-    assert np.isnan(insight["change"]).all()
+    assert "change" not in insight
     player = RolloutPlayer({"transformer": seen}, insight={"transformer": insight})
     assert "change" not in player.insight["names"]
 
 
 def test_the_saved_page_works_from_the_disk_alone(browser, tmp_path):
-    path = RolloutPlayer(recorded(), references={"a </script> b": [-1, -2]}).save_html(tmp_path / "new" / "page.html")
+    path = RolloutPlayer(recorded(), references={"a </script><!--<script> b": [-1, -2]}).save_html(
+        tmp_path / "new" / "page.html"
+    )
     page, requests = browser.new_page(color_scheme="dark"), []
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri())

@@ -97,7 +97,7 @@ def test_every_family_shows_a_robot_of_the_agents_colour_that_moves(tmp_path, na
     frames, _ = film(tmp_path, rollouts, episodes=[1], speed=20)
     for half, color in ((frames[:, CAPTION:, :192], BLUE), (frames[:, CAPTION:, 192:], VERMILLION)):
         robot = of_color(half, color)  # (frames, rows, columns)
-        assert robot.mean(axis=(1, 2)).min() > 0.002  # Reacher's links fill 0.5 %, half of it where they lie on each other
+        assert robot.mean(axis=(1, 2)).min() > 0.002  # Reacher's two links fill 0.5 %, and may overlap
         assert robot.mean(axis=(1, 2)).max() < 0.3
         assert (robot[1:] ^ robot[:-1]).sum(axis=(1, 2)).min() > 10
         assert half[~robot].mean() > 180  # in a bright room
@@ -231,10 +231,10 @@ def test_a_caption_stays_inside_its_panel_and_shortens_a_long_name():
         ({"task": -1}, "task is -1"),
         ({"episodes": [0, 3]}, "episodes holds 3; an index must lie between 0 and 2"),
         ({"episodes": []}, "no episode to film"),
-        ({"speed": 0}, "speed is 0; it must be above 0"),
+        ({"speed": 0}, "speed is 0; it must lie between 0.01 and 1000"),
         ({"speed": float("nan")}, "speed is nan"),
-        ({"width": 201}, "width is 201; in .mp4 it must be an even number of at least 192 pixels"),
-        ({"name": "a.gif", "height": 40}, "height is 40; in .gif it must be a whole number of at least 96 pixels"),
+        ({"width": 201}, "width is 201; in .mp4 it must be an even number from 192 to 4096 pixels"),
+        ({"name": "a.gif", "height": 40}, "height is 40; in .gif it must be a whole number from 96 to 4096 pixels"),
         ({"rollouts": {}}, "0 rollouts were given"),
         ({"rollouts": dict.fromkeys("abcde", None)}, "5 rollouts were given"),
     ],
