@@ -33,7 +33,7 @@ function build(model, data) {
   const live = Boolean(model.get("limits"));
   const ui = {
     task: make("select", { "aria-label": "Task" }),
-    map: make("canvas", { class: "adp-map", role: "img", "aria-label": "Map of tasks", title: live ? "Drag the goal" : "Click a task" }),
+    map: make("canvas", { class: "adp-map", role: "img", "aria-label": "Map of tasks", title: live ? "" : "Click a task" }),
     hint: make("p", { class: "adp-hint" }),
     panels: model.get("agents").map(({ name, color }) => {
       const canvas = make("canvas", { class: "adp-robot", role: "img", "aria-label": name });
@@ -53,6 +53,7 @@ function build(model, data) {
     watched: make("select", { "aria-label": "Network" }),
     actions: make("canvas", { class: "adp-actions", role: "img", "aria-label": "Actions" }),
     sees: make("dl", { class: "adp-sees" }),
+    nothing: make("p", { class: "adp-hint" }, "Nothing yet: its memory is empty."),
   };
   model.get("tasks").forEach(({ label }, i) => ui.task.append(make("option", { value: i }, label)));
   SPEEDS.forEach((s) => ui.speed.append(make("option", { value: s }, `${s}×`)));
@@ -62,17 +63,17 @@ function build(model, data) {
   const insight = data.insight.names
     ? [make("details", { class: "adp-insight", open: "" }, make("summary", {}, "What the network sees and does"),
       ...(watched.length > 1 ? [make("label", {}, "Network ", ui.watched)] : []),
-      make("div", {}, ui.actions, ui.sees))]
+      ui.nothing, make("div", {}, ui.actions, ui.sees))]
     : [];
   const choice = live ? buildLive(ui, data) : [make("label", {}, "Task ", ui.task), ui.map];
-  if (!live) ui.hint.textContent = "Goals it was tested on; faint: those it was trained on. Drag a robot to look around.";
+  if (!live) ui.hint.textContent = "Large: the goals played here; small: goals of training. Drag a robot to look around.";
   ui.root = make("div", { class: "adbook-player", role: "group", tabindex: 0, "aria-label": "Rollout player" },
     make("div", { class: "adp-main" },
       make("div", { class: `adp-side${live ? " adp-live" : ""}` }, ...choice, ui.hint),
       make("div", { class: `adp-panels adp-${ui.panels.length}` }, ...ui.panels.map(({ root }) => root))),
-    ui.timeline,
+    make("div", { class: "adp-line" }, ui.timeline, ...(live ? [ui.follow] : [])),
     make("div", { class: "adp-controls" }, ui.previous, ui.back, ui.play, ui.forward, ui.next,
-      make("label", {}, "Speed ", ui.speed), ...(live ? [ui.follow] : []), ui.said),
+      make("label", {}, "Speed ", ui.speed), ui.said),
     ...insight);
   return ui;
 }
@@ -113,7 +114,7 @@ async function render({ model, el }) {
   const still = window.matchMedia("(prefers-reduced-motion: reduce)");
   const turn = { azimuth: 0, elevation: 0 };
   const state = () => ({ task: model.get("task"), episode: clamp(model.get("episode"), 0, Math.max(data.K - 1, 0)), step: model.get("step") });
-  const planned = () => Math.max(data.K, model.get("planned") || 0); // episodes on the time line
+  const planned = () => Math.max(data.K, model.get("planned") || (answered && model.get("episodes")) || 0); // episodes on the time line
   const goalOf = (task, k) => (live ? model.get("goals")[k] || model.get("goal") : tasks[task]);
   const running = () => live && model.get("running");
   let look = {};
@@ -122,7 +123,8 @@ async function render({ model, el }) {
   let wanted = 0; // a frame that has been asked for
   let toPosition = () => 0;
   let map = {};
-  let answered = false; // whether a kernel has
+  let answered = false; // whether a kernel is there
+  let met = false; // whether one has been
 
   function readLook() {
     const css = getComputedStyle(ui.root);
@@ -139,6 +141,7 @@ async function render({ model, el }) {
     const { task, episode, step } = state();
     const t = step + phase;
     const goal = goalOf(task, episode);
+    const moved = live ? model.get("goals").slice(0, episode).findLast((g) => String(g) !== String(goal)) : undefined;
     const next = answered && String(model.get("goal")) !== String(goal) ? model.get("goal") : undefined;
     const said = [];
     ui.task.value = task;
@@ -146,14 +149,14 @@ async function render({ model, el }) {
       const over = data.length(a, task, episode);
       const now = status(data, a, task, episode, Math.min(t, over), goal);
       const ends = (e) => kinematics(data.scene, data.qpos(a, task, e, data.length(a, task, e)))[data.scene.tracked].p;
-      Object.assign(panel, drawRobot(panel.canvas, data, { a, task, k: episode, t: Math.min(t, over), goal, next, turn, color: panel.color, ends }, look));
+      Object.assign(panel, drawRobot(panel.canvas, data, { a, task, k: episode, t: Math.min(t, over), goal, next, moved, turn, color: panel.color, ends }, look));
       const early = t > over && !(running() && episode === data.K - 1);
       const own = sourceEpisode(model.get("agents")[a], task, episode);
       panel.note.textContent = own;
       panel.total.textContent = number(data.total(a, task, episode));
-      panel.now.textContent = early ? "ended early" : now.value;
+      panel.now.textContent = early ? `ended at step ${over}` : now.value;
       panel.canvas.setAttribute("aria-label", `${panel.name} in episode ${episode + 1}, step ${step}: ${now.text}.`);
-      said.push(`${A > 1 ? `${panel.name}${own && ` (${own})`}: ` : ""}${early ? "ended early" : now.text}`);
+      said.push(`${A > 1 ? `${panel.name}${own && ` (${own})`}: ` : ""}${early ? `ended at step ${over}` : now.text}`);
     });
     const at = `Episode ${episode + 1} of ${planned()}, step ${step} of ${T}`;
     const which = n > 1 ? ` Task: ${model.get("tasks")[task].label}.` : "";
@@ -180,6 +183,8 @@ async function render({ model, el }) {
     const a = Number(ui.watched.value);
     const s = clamp(step, 0, Math.max(data.length(a, task, episode) - 1, 0));
     const seen = data.seen(a, task, episode, s);
+    ui.nothing.hidden = Boolean(seen);
+    ui.actions.parentNode.hidden = !seen;
     if (!seen) return; // before the first step of a live player
     const size = data.insight.actions;
     drawActions(ui.actions, seen, size, ui.panels[a].color, look);
@@ -193,7 +198,7 @@ async function render({ model, el }) {
       ["Steps in its memory", remembered.toLocaleString("en")],
       ["Reward of the step before", s ? number(data.seen(a, task, episode, s - 1).reward, 3) : "–"],
     ];
-    if ("change" in seen) rows.push(["Change of its state", `${number(100 * seen.change, 1)} %`]);
+    if ("change" in seen) rows.push(["Change of its memory", `${number(100 * seen.change, 1)} %`]);
     ui.sees.replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
   }
 
@@ -247,8 +252,10 @@ async function render({ model, el }) {
       move({ step: last });
       return HOLD;
     }
-    if (episode === data.K - 1) setPlaying(false);
-    else move({ episode: episode + 1, step: still.matches ? length(episode + 1, task) : 0 });
+    if (episode === data.K - 1) {
+      setPlaying(false);
+      if (running()) model.set("follow", true), model.save_changes(); // it has caught up
+    } else move({ episode: episode + 1, step: still.matches ? length(episode + 1, task) : 0 });
     return still.matches ? 2 * HOLD : 0; // with reduced motion: from end to end, without movement in between
   }
 
@@ -284,13 +291,16 @@ async function render({ model, el }) {
   ui.forward.onclick = () => step(1);
   ui.play.onclick = () => setPlaying(!playing);
   ui.watched.onchange = ask;
-  const drag = (node, begin, moved) => {
+  const drag = (node, begin, moved, ended = () => {}) => {
     node.onpointerdown = (event) => {
       node.setPointerCapture(event.pointerId);
       const instead = begin(event); // what this drag does, if not what it usually does
       node.onpointermove = instead || moved;
     };
-    node.onpointerup = node.onpointercancel = () => { node.onpointermove = null; };
+    node.onpointerup = node.onpointercancel = () => {
+      node.onpointermove = null;
+      ended();
+    };
   };
   const scrub = (event) => { seek(toPosition(event.offsetX) * T); };
   drag(ui.timeline, scrub, scrub);
@@ -299,7 +309,7 @@ async function render({ model, el }) {
       turn.azimuth -= 0.4 * event.movementX;
       turn.elevation += 0.3 * event.movementY;
       ask();
-    });
+    }, () => model.save_changes());
     panel.canvas.ondblclick = () => {
       Object.assign(turn, { azimuth: 0, elevation: 0 });
       ask();
@@ -311,8 +321,11 @@ async function render({ model, el }) {
     ArrowUp: () => nextTask(-1), ArrowDown: () => nextTask(1), "+": () => faster(1), "-": () => faster(-1),
   };
   ui.root.onkeydown = (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, summary, input")) return;
-    if (event.key === " " && event.target.matches("button")) return; // it presses the button
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches("select, summary, input") || (event.key === " " && event.target.matches("button"))) {
+      event.stopPropagation(); // its own, and not JupyterLab's
+      return;
+    }
     if (!keys[event.key]) return;
     event.preventDefault();
     event.stopPropagation(); // JupyterLab has shortcuts of its own
@@ -322,9 +335,12 @@ async function render({ model, el }) {
   // ---------------------------------------------------------------------------------------------------------------
   // a live player: the goal, and the kernel that runs it
 
+  const writeField = (goal, j, factor) => { ui.fields[j].value = Number((goal[j] * factor).toFixed(factor > 1 ? 1 : 3)); };
+  const writeGoal = (goal) => FIELDS[data.scene.view.goal].forEach(([, , factor], j) => writeField(goal, j, factor));
+
   function showLive(goal) {
     FIELDS[data.scene.view.goal].forEach(([, , factor], j) => {
-      if (document.activeElement !== ui.fields[j]) ui.fields[j].value = Number((goal[j] * factor).toFixed(3));
+      if (!ui.fields.includes(document.activeElement)) writeField(goal, j, factor);
     });
     if (document.activeElement !== ui.episodes) ui.episodes.value = model.get("episodes");
     ui.speed.value = model.get("pace");
@@ -334,15 +350,18 @@ async function render({ model, el }) {
     ui.follow.hidden = !running() || model.get("follow");
     ui.trouble.textContent = model.get("trouble");
     ui.hint.textContent = answered
-      ? "Put the goal where you like: drag it here or in the picture, or type. It moves when the next episode begins; the memory stays."
-      : "A recording of a live run. In JupyterLab you can move the goal yourself and run the networks.";
+      ? `Drag the goal, or type. It moves when the next episode begins (until then dashed); the memory stays.${data.scene.view.goal === "point" ? " Grey: where it was before. Green: where episodes ended." : ""}`
+      : met ? "The kernel does not answer. If it was restarted, run the cell again."
+        : "A recording of a live run. In JupyterLab you can move the goal yourself and run the networks.";
+    ui.map.parentNode.classList.toggle("adp-answered", answered);
+    ui.map.title = answered ? "Drag the goal" : "";
   }
 
   function unfollow() {
     if (running() && model.get("follow")) model.set("follow", false);
   }
 
-  function setGoal(goal) {
+  function setGoal(goal, save = true) { // a drag saves when it ends: an episode may begin in its midst
     const [low, high] = model.get("limits");
     if (!answered || !goal.every(Number.isFinite)) return;
     if (data.scene.view.goal === "point") {
@@ -351,7 +370,7 @@ async function render({ model, el }) {
     } else if (data.scene.view.goal === "direction") goal = goal.map((x) => ((x % high) + high) % high);
     else goal = goal.map((x) => clamp(x, low, high));
     model.set("goal", goal.map((x) => Number(x.toFixed(4))));
-    model.save_changes();
+    if (save) model.save_changes();
     ask();
   }
 
@@ -360,7 +379,7 @@ async function render({ model, el }) {
     if (!live || !answered || data.scene.view.goal !== "point") return null;
     const mark = panel.ofPoint(model.get("goal"));
     if (Math.hypot(mark.x - event.offsetX, mark.y - event.offsetY) > 24) return null;
-    return ({ offsetX, offsetY }) => setGoal(panel.toPoint(offsetX, offsetY));
+    return ({ offsetX, offsetY }) => setGoal(panel.toPoint(offsetX, offsetY), false);
   }
 
   // Takes up what the kernel has sent; a recording is read before what is played after it.
@@ -375,26 +394,48 @@ async function render({ model, el }) {
       takeCurrent();
     });
   };
-  const told = (message) => {
-    answered ||= Boolean(message.kernel);
+  let patience = 0; // a timer
+  const greet = () => {
+    clearTimeout(patience);
+    patience = setTimeout(() => { answered = false; ask(); }, 5000); // it has gone, or is busy and will answer later
+    model.send({ do: "hello" });
+  };
+  const told = () => {
+    clearTimeout(patience);
+    answered = met = true;
     ask();
   };
   const switched = () => setPlaying(false);
   const heard = { "change:task": ask, "change:episode": ask, "change:step": ask };
   if (live) {
-    const toGoal = (event) => setGoal(map.toGoal(event.offsetX, event.offsetY));
-    drag(ui.map, toGoal, toGoal);
-    ui.fields.forEach((field) => {
-      field.onchange = () => setGoal(FIELDS[data.scene.view.goal].map(([, , factor], j) => Number(ui.fields[j].value) / factor));
-    });
+    const toGoal = (event) => setGoal(map.toGoal(event.offsetX, event.offsetY), false);
+    drag(ui.map, toGoal, toGoal, () => model.save_changes());
+    let edited = false;
+    const typed = () => {
+      const goal = FIELDS[data.scene.view.goal].map(([, , factor], j) => ui.fields[j].valueAsNumber / factor);
+      if (edited) setGoal(goal);
+      edited = false;
+      writeGoal(model.get("goal")); // as it was taken
+    };
+    for (const field of ui.fields) {
+      field.oninput = () => { edited = true; };
+      field.onkeyup = ({ key }) => { if (["Enter", "ArrowUp", "ArrowDown"].includes(key)) typed(); };
+      field.onblur = (event) => { if (!ui.fields.includes(event.relatedTarget)) typed(); }; // not between x and y
+    }
     const set = (change) => {
       move(change);
       model.save_changes();
     };
-    ui.run.onclick = () => set({ follow: true, running: !running() });
+    ui.run.onclick = () => {
+      set({ follow: true, running: !running() });
+      greet();
+    };
     ui.forget.onclick = () => model.send({ do: "forget" });
     ui.follow.onclick = () => set({ follow: true });
-    ui.episodes.onchange = () => set({ episodes: clamp(Math.round(Number(ui.episodes.value)) || 1, 1, 200) });
+    ui.episodes.onchange = () => {
+      set({ episodes: clamp(Math.round(Number(ui.episodes.value)) || 1, 1, 200) });
+      ui.episodes.value = model.get("episodes");
+    };
     ui.speed.onchange = () => set({ pace: Number(ui.speed.value) });
     Object.assign(heard, {
       "change:frames": takeRecording, "change:current": takeCurrent, "change:running": switched, "msg:custom": told,
@@ -406,18 +447,19 @@ async function render({ model, el }) {
   for (const [event, act] of Object.entries(heard)) model.on(event, act);
   const resized = new ResizeObserver(refresh);
   resized.observe(ui.root);
-  const themed = new MutationObserver(refresh); // the book's theme switch, JupyterLab's
+  const themed = new MutationObserver(() => { refresh(); setTimeout(refresh, 250); }); // the book's theme switch, JupyterLab's
   const attributeFilter = ["class", "data-theme", "data-jp-theme-light"];
   for (const node of [document.documentElement, document.body]) themed.observe(node, { attributeFilter });
   const scheme = window.matchMedia("(prefers-color-scheme: dark)");
   scheme.addEventListener("change", refresh);
   readLook();
   show();
-  if (live) model.send({ do: "hello" });
+  if (live) greet();
 
   return () => {
     cancelAnimationFrame(playing);
     cancelAnimationFrame(wanted);
+    clearTimeout(patience);
     for (const [event, act] of Object.entries(heard)) model.off(event, act);
     resized.disconnect();
     themed.disconnect();

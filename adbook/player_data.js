@@ -178,6 +178,6 @@ function status(data, a, task, k, t, goal) {
   const speed = [here[0] - before[0], here[1] - before[1]].map((x) => x / over);
   const along = scene.view.goal === "velocity" ? speed[0] : speed[0] * Math.cos(goal[0]) + speed[1] * Math.sin(goal[0]);
   const wanted = scene.view.goal === "velocity" ? ` (wanted ${number(goal[0])})` : "";
-  const text = `${number(along)} m/s${wanted}`;
+  const text = `${number(along)} m/s${scene.view.goal === "direction" ? " along the arrow" : wanted}`;
   return { text, value: text, speed: along };
 }

@@ -5,7 +5,7 @@ function camera(view, target, turn, width, height) {
   const toward = [Math.cos(el) * Math.cos(az), Math.cos(el) * Math.sin(az), Math.sin(el)]; // from the target to the eye
   const right = [-Math.sin(az), Math.cos(az), 0];
   const up = [-Math.sin(el) * Math.cos(az), -Math.sin(el) * Math.sin(az), Math.cos(el)];
-  const zoom = 1.9 * Math.min(width, view.aspect * height);
+  const zoom = 1.9 * Math.min(0.87 * width, view.aspect * height);
   const dot = (p, q) => p[0] * q[0] + p[1] * q[1] + p[2] * q[2];
   return {
     elevation: el,
@@ -190,7 +190,7 @@ function goalMark(g, eye, scene, goal, target, look, ghost = false) {
 }
 
 // The result turns a pixel into a point at the goal's height, and the goal to come into a pixel.
-function drawRobot(canvas, data, { a, task, k, t, goal, next, turn, color, ends }, look) {
+function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color, ends }, look) {
   const { g, width, height } = context(canvas, look);
   const { scene } = data;
   const { view } = scene;
@@ -199,6 +199,7 @@ function drawRobot(canvas, data, { a, task, k, t, goal, next, turn, color, ends 
   const target = view.follow ? [tracked[0], view.goal === "velocity" ? 0 : tracked[1], 0.6 + view.look_at[2]] : view.look_at;
   const eye = camera(view, target, turn, width, height);
   ground(g, eye, view, target, look);
+  if (moved) goalMark(g, eye, scene, moved, target, { ...look, goal: look.frame }, true);
   goalMark(g, eye, scene, goal, target, look);
   if (next) goalMark(g, eye, scene, next, target, look, true);
 
@@ -286,12 +287,11 @@ function velocityBar(g, width, height, { speed, wanted, next, color }, look) {
   const [low, high] = [Math.min(-1, wanted, next ?? 0), Math.max(4, wanted, next ?? 0)];
   const at = (v) => left + ((clamp(v, low, high) - low) / (high - low)) * (right - left);
   line(g, [[left, y], [right, y]], look.text, 2, 0.25);
-  for (const v of ticks(low, high, 5)) write(g, number(v, 0), at(v), y + 17, look.text, { align: "center", alpha: 0.75 });
+  for (const v of ticks(low, high, 5)) write(g, v ? number(v, 0) : "0 m/s", at(v), y + 17, look.text, { align: "center", alpha: 0.75 });
   line(g, [[at(0), y], [at(speed), y]], color, 6);
   line(g, [[at(wanted), y - 9], [at(wanted), y + 5]], look.goal, 3);
-  write(g, "wanted", at(wanted), y - 13, look.goal, { align: "center" });
+  write(g, "wanted", clamp(at(wanted), left + 4, right - 4), y - 13, look.goal, { align: at(wanted) > right - 24 ? "right" : at(wanted) < left + 24 ? "left" : "center" });
   if (next !== undefined) line(g, [[at(next), y - 9], [at(next), y + 5]], look.goal, 3, 0.5, [2, 4]);
-  write(g, "m/s", right, y - 10, look.text, { align: "right", alpha: 0.75 });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ function drawTimeline(canvas, { curves, references, moves, episodes, current, po
   const [least, most] = [Math.min(...all), Math.max(...all)];
   const margin = 0.1 * (most - least || 1);
   const [low, high] = [least - margin, most + margin];
-  const area = { left: 46, right: width - 10, top: 20, bottom: height - 22 };
+  const area = { left: 46, right: width - (references.length ? 62 : 10), top: 32, bottom: height - 22 };
   const x = (p) => area.left + (p / episodes) * (area.right - area.left);
   const y = (v) => area.bottom - ((v - low) / (high - low)) * (area.bottom - area.top);
 
@@ -334,11 +334,14 @@ function drawTimeline(canvas, { curves, references, moves, episodes, current, po
   }
   for (const [name, v] of references) {
     line(g, [[area.left, y(v)], [area.right, y(v)]], look.text, 1, 0.5, [6, 5]);
-    write(g, name, area.right - 2, y(v) + (v > (low + high) / 2 ? 13 : -4), look.text, { align: "right", alpha: 0.8 });
+    write(g, name, area.right + 6, y(v), look.text, { base: "middle", alpha: 0.8 });
   }
+  let free = 200; // from here on the title's line is
   for (const k of moves) {
-    line(g, [[x(k), area.top], [x(k), area.bottom]], look.goal, 1.5, 0.8, [2, 4]);
-    write(g, "goal moved", x(k) + 4, area.bottom - 5, look.goal);
+    line(g, [[x(k), x(k) > free ? 4 : area.top], [x(k), area.bottom]], look.goal, 1.5, 0.8, [2, 4]);
+    if (x(k) <= free) continue;
+    write(g, "goal moved", x(k) + 4, 12, look.goal);
+    free = x(k) + 80;
   }
   for (const { values, color } of curves) {
     const points = values.map((v, e) => [x(e + 0.5), y(v)]);
@@ -427,7 +430,7 @@ function drawActions(canvas, seen, size, color, look) {
       const v = -1.25 + (2.5 * i) / 300;
       g.lineTo(x(v), y + 0.42 * row - 0.8 * row * Math.exp(-0.5 * ((v - mean) / Math.max(std, 0.012)) ** 2));
     }
-    Object.assign(g, { fillStyle: color, globalAlpha: 0.35 });
+    Object.assign(g, { fillStyle: color, globalAlpha: look.dark ? 0.75 : 0.35 });
     g.fill();
     g.restore();
     line(g, [[x(action), y - 0.4 * row], [x(action), y + 0.4 * row]], look.text, 2.5);

@@ -144,7 +144,7 @@ def test_running_streams_and_follows_until_the_reader_scrubs(open_page):
     kernel = LivePlayer(mamba, adbook.family("reacher-goal"), goal=(0.1, 0.05), pace=0)
     page = open_page(kernel)
     answer(page)
-    assert said(page).startswith("Episode 1 of 1, step 0 of 50")
+    assert said(page).startswith("Episode 1 of 20, step 0 of 50")
     page.get_by_label("Episodes to run").fill("3")
     page.get_by_role("button", name="Run").click()
     assert page.evaluate("['running', 'episodes', 'follow'].map((name) => test.model.get(name))") == [True, 3, True]
