@@ -75,9 +75,13 @@ def test_the_goal_is_dragged_on_the_map_and_typed(open_page):
     page.mouse.down()
     page.mouse.move(x - 0.8 * size, y, steps=4)
     assert page.evaluate("test.model.get('goal')") == [pytest.approx(-0.2, abs=3e-3), pytest.approx(0, abs=3e-3)]
+    page.evaluate("test.saved = 0; test.model.save_changes = () => { test.saved += 1; }")
     page.mouse.move(x - 5 * size, y, steps=2)  # beyond the edge
+    place(page)
+    assert page.evaluate("test.saved") == 0  # or every episode that begins in the meantime would have another goal
     page.mouse.up()
     place(page)
+    assert page.evaluate("test.saved") == 1
     assert page.evaluate("Math.hypot(...test.model.get('goal'))") == pytest.approx(0.25, abs=1e-3)
     assert page.evaluate("Math.hypot(...test.model.get('goal'))") <= 0.25
     page.get_by_label("Goal: x").fill("0.02")
@@ -85,6 +89,10 @@ def test_the_goal_is_dragged_on_the_map_and_typed(open_page):
     page.keyboard.press("Enter")
     place(page)
     assert page.evaluate("test.model.get('goal')") == [0.02, 0.15]
+    page.get_by_label("Goal: y").fill("")
+    page.keyboard.press("Enter")
+    assert page.evaluate("test.model.get('goal')") == [0.02, 0.15]
+    assert page.get_by_label("Goal: y").input_value() == "0.15"
     page.get_by_label("Goal: x").press("ArrowUp")  # a key of the field, not of the player
     assert page.evaluate("test.model.get('goal')") == [0.03, 0.15]
 

@@ -82,7 +82,7 @@ def test_after_an_early_end_the_robot_stays_where_it_was(open_page):
     same = page.evaluate("[30, 31, 200].map((t) => JSON.stringify(Array.from(test.data.qpos(0, 0, 1, t))))")
     assert len(set(same)) == 1
     page.evaluate("test.model.set('episode', 1)")
-    assert "ended early" in said(page)
+    assert "ended at step 30" in said(page)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_keys_move_step_episode_and_task(open_page):
 def test_click_and_drag_on_the_time_line_go_there(open_page):
     page = open_page()
     box = page.locator(".adp-timeline").bounding_box()
-    inside = box["width"] - 56  # its margins are 46 and 10 pixels wide
+    inside = box["width"] - 108  # its margins are 46 pixels wide and, where the reference is named, 62
 
     def at(position):
         return box["x"] + 46 + position / EPISODES * inside, box["y"] + 70
