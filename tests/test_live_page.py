@@ -75,7 +75,7 @@ def test_the_goal_is_dragged_on_the_map_and_typed(open_page):
     page.mouse.down()
     page.mouse.move(x - 0.8 * size, y, steps=4)
     assert page.evaluate("test.model.get('goal')") == [pytest.approx(-0.2, abs=3e-3), pytest.approx(0, abs=3e-3)]
-    page.evaluate("test.saved = 0; test.model.save_changes = () => { test.saved += 1; }")
+    page.evaluate("test.saved = 0; test.model.save_changes = () => { test.saved += 1; }; null")
     page.mouse.move(x - 5 * size, y, steps=2)  # beyond the edge
     place(page)
     assert page.evaluate("test.saved") == 0  # or every episode that begins in the meantime would have another goal
