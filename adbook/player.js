@@ -148,7 +148,7 @@ async function render({ model, el }) {
     ui.panels.forEach((panel, a) => {
       const over = data.length(a, task, episode);
       const now = status(data, a, task, episode, Math.min(t, over), goal);
-      const ends = (e) => kinematics(data.scene, data.qpos(a, task, e, data.length(a, task, e)))[data.scene.tracked].p;
+      const ends = (e) => data.place(a, task, e, data.length(a, task, e));
       Object.assign(panel, drawRobot(panel.canvas, data, { a, task, k: episode, t: Math.min(t, over), goal, next, moved, turn, color: panel.color, ends }, look));
       const early = t > over && !(running() && episode === data.K - 1);
       const own = sourceEpisode(model.get("agents")[a], task, episode);

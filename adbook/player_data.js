@@ -47,8 +47,16 @@ export async function decode(model) {
   const [lengths, returns] = [model.get("lengths"), model.get("returns")];
   const insight = model.get("insight");
   const seen = insight.names ? await part("seen", insight.names.length * A * n * K * T) : null;
+  const places = new Map(); // those that have been asked for
   return {
     A, n, K, T, scene, insight,
+    // where the body is whose path is drawn; whole steps are kept, since every frame asks for many
+    place(a, i, k, t) {
+      if (!Number.isInteger(t)) return placeOf(scene, this.qpos(a, i, k, t));
+      const key = ((a * n + i) * K + k) * (T + 1) + t;
+      if (!places.has(key)) places.set(key, placeOf(scene, this.qpos(a, i, k, t)));
+      return places.get(key);
+    },
     length: (a, i, k) => lengths[a][i][k],
     returns: (a, i) => returns[a][i], // of the episodes that are over
     total: (a, i, k) => returns[a][i][k],
@@ -98,6 +106,9 @@ export function withCurrent(data, model) {
     ...data, K: K + 1,
     length: (a, i, k) => (k < K ? data.length(a, i, k) : now[a].t),
     total: (a, i, k) => (k < K ? data.total(a, i, k) : now[a].rewards.reduce((x, y) => x + y, 0)),
+    place(a, i, k, t) {
+      return k < K ? data.place(a, i, k, t) : placeOf(scene, this.qpos(a, i, k, t));
+    },
     qpos(a, i, k, t) {
       if (k < K) return data.qpos(a, i, k, t);
       const first = Math.floor(clamp(t, 0, now[a].t));
@@ -164,10 +175,12 @@ export function kinematics(scene, qpos) {
   return placed;
 }
 
+const placeOf = (scene, qpos) => kinematics(scene, qpos)[scene.tracked].p;
+
 // What a reader of the text alone is told about a moment.
 function status(data, a, task, k, t, goal) {
   const { scene } = data;
-  const place = (time) => kinematics(scene, data.qpos(a, task, k, time))[scene.tracked].p;
+  const place = (time) => data.place(a, task, k, time);
   const here = place(t);
   if (scene.view.goal === "point") {
     const off = 100 * Math.hypot(here[0] - goal[0], here[1] - goal[1]);

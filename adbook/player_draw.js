@@ -204,7 +204,6 @@ function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color
   if (next) goalMark(g, eye, scene, next, target, look, true);
 
   // Where earlier episodes ended, then the path of this one.
-  const path = (time) => kinematics(scene, data.qpos(a, task, k, time))[scene.tracked].p;
   if (!view.follow) {
     for (let e = 0; e < k; e++) {
       const { x, y } = eye.see(ends(e));
@@ -216,14 +215,14 @@ function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color
       g.restore();
     }
   }
-  const [steps, back] = [Math.min(Math.ceil(t), 60), Math.max(0, t - 60)];
-  const drop = view.follow ? view.ground + 0.01 : null; // a walker's path is drawn on the ground
-  let last = null;
-  for (let s = 0; s <= steps; s++) {
-    const p = path(Math.min(back + s, t));
-    const here = flat(eye.see(drop === null ? p : [p[0], p[1], drop]));
-    if (last) line(g, [last, here], color, 3, 0.12 + 0.75 * (s / steps));
-    last = here;
+  const since = Math.max(0, Math.floor(t) - 60);
+  const path = Array.from({ length: Math.ceil(t) - since + 1 }, (_, s) => {
+    const [x, y, z] = data.place(a, task, k, Math.min(since + s, t));
+    return flat(eye.see([x, y, view.follow ? view.ground + 0.01 : z])); // a walker's is drawn on the ground
+  });
+  const piece = Math.max(1, Math.ceil(path.length / 12)); // the older, the fainter
+  for (let s = 0; s + 1 < path.length; s += piece) {
+    line(g, path.slice(s, s + piece + 1), color, 3, 0.12 + 0.75 * ((s + piece) / (path.length + piece)));
   }
 
   const base = rgb(color);
