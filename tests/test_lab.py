@@ -226,6 +226,15 @@ def test_the_mouse_moves_it(page, shown):
     assert run(page, "print(player.episode)").strip() == "2"
 
 
+def test_a_slider_that_is_linked_in_the_page_moves_it(page, shown):
+    link = "slider = ipywidgets.IntSlider(max=2); link = ipywidgets.jslink((slider, 'value'), (player, 'episode'))"
+    run(page, f"import ipywidgets; {link}; display(slider)")
+    page.locator(".widget-slider [role=slider]").last.press("ArrowRight")
+    for view in shown:
+        _says(view, "Episode 2 of 3, step 0 of 50.")
+    run(page, "link.unlink()")
+
+
 def test_the_picture_follows_labs_theme(page, shown):
     before = _picture(shown[0])
     page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
