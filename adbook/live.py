@@ -95,8 +95,8 @@ class LivePlayer(RolloutPlayer):
         self._lock = threading.RLock()  # between what the page sends and what a run shows
         self._stop, self._in_message = threading.Event(), False
         agents = {"mamba": agents} if isinstance(agents, nn.Module) else dict(agents)
-        if not agents:
-            raise ValueError("0 agents were given; the player shows one to four.")
+        if not 1 <= len(agents) <= 4:  # before environments are made for them
+            raise ValueError(f"{len(agents)} agents were given; the player shows one to four.")
         self._agents = {name: _watched(agent) for name, agent in agents.items()}
         self._family, self._seed = family, seed
         self._probe = family.make(family.test_tasks[0]).unwrapped  # knows which goals there are

@@ -148,15 +148,15 @@ async function render({ model, el }) {
     ui.panels.forEach((panel, a) => {
       const over = data.length(a, task, episode);
       const now = status(data, a, task, episode, Math.min(t, over), goal);
-      const ends = (e) => data.place(a, task, e, data.length(a, task, e));
-      Object.assign(panel, drawRobot(panel.canvas, data, { a, task, k: episode, t: Math.min(t, over), goal, next, moved, turn, color: panel.color, ends }, look));
+      Object.assign(panel, drawRobot(panel.canvas, data, { a, task, k: episode, t: Math.min(t, over), goal, next, moved, turn, color: panel.color }, look));
       const early = t > over && !(running() && episode === data.K - 1);
       const own = sourceEpisode(model.get("agents")[a], task, episode);
       panel.note.textContent = own;
       panel.total.textContent = number(data.total(a, task, episode));
-      panel.now.textContent = early ? `ended at step ${over}` : now.value;
+      if (early) now.value = now.text = `ended at step ${over}`;
+      panel.now.textContent = now.value;
       panel.canvas.setAttribute("aria-label", `${panel.name} in episode ${episode + 1}, step ${step}: ${now.text}.`);
-      said.push(`${A > 1 ? `${panel.name}${own && ` (${own})`}: ` : ""}${early ? `ended at step ${over}` : now.text}`);
+      said.push(`${A > 1 ? `${panel.name}${own && ` (${own})`}: ` : ""}${now.text}`);
     });
     const at = `Episode ${episode + 1} of ${planned()}, step ${step} of ${T}`;
     const which = n > 1 ? ` Task: ${model.get("tasks")[task].label}.` : "";
@@ -221,6 +221,12 @@ async function render({ model, el }) {
     ask();
   }
 
+  // Moves, or sets something else, and tells the kernel.
+  function set(change) {
+    move(change);
+    model.save_changes();
+  }
+
   function start() {
     unfollow();
     const { episode, step } = state();
@@ -254,7 +260,7 @@ async function render({ model, el }) {
     }
     if (episode === data.K - 1) {
       setPlaying(false);
-      if (running()) model.set("follow", true), model.save_changes(); // it has caught up
+      if (running()) set({ follow: true }); // it has caught up
     } else move({ episode: episode + 1, step: still.matches ? length(episode + 1, task) : 0 });
     return still.matches ? 2 * HOLD : 0; // with reduced motion: from end to end, without movement in between
   }
@@ -263,8 +269,7 @@ async function render({ model, el }) {
     if (playing) setPlaying(false);
     unfollow();
     phase = 0;
-    move(change);
-    model.save_changes();
+    set(change);
   }
 
   // To a position in steps since the beginning.
@@ -335,13 +340,12 @@ async function render({ model, el }) {
   // ---------------------------------------------------------------------------------------------------------------
   // a live player: the goal, and the kernel that runs it
 
-  const writeField = (goal, j, factor) => { ui.fields[j].value = Number((goal[j] * factor).toFixed(factor > 1 ? 1 : 3)); };
-  const writeGoal = (goal) => FIELDS[data.scene.view.goal].forEach(([, , factor], j) => writeField(goal, j, factor));
+  const writeGoal = (goal) => FIELDS[data.scene.view.goal].forEach(([, , factor], j) => {
+    ui.fields[j].value = Number((goal[j] * factor).toFixed(factor > 1 ? 1 : 3));
+  });
 
   function showLive(goal) {
-    FIELDS[data.scene.view.goal].forEach(([, , factor], j) => {
-      if (!ui.fields.includes(document.activeElement)) writeField(goal, j, factor);
-    });
+    if (!ui.fields.includes(document.activeElement)) writeGoal(goal);
     if (document.activeElement !== ui.episodes) ui.episodes.value = model.get("episodes");
     ui.speed.value = model.get("pace");
     ui.run.textContent = running() ? "Stop" : "Run";
@@ -385,6 +389,7 @@ async function render({ model, el }) {
   // Takes up what the kernel has sent; a recording is read before what is played after it.
   let reading = Promise.resolve();
   const takeCurrent = () => {
+    if (model.get("shape")[2] !== recorded.K) return; // a longer recording is being read: this follows then
     data = withCurrent(recorded, model);
     ask();
   };
@@ -422,10 +427,6 @@ async function render({ model, el }) {
       field.onkeyup = ({ key }) => { if (["Enter", "ArrowUp", "ArrowDown"].includes(key)) typed(); };
       field.onblur = (event) => { if (!ui.fields.includes(event.relatedTarget)) typed(); }; // not between x and y
     }
-    const set = (change) => {
-      move(change);
-      model.save_changes();
-    };
     ui.run.onclick = () => {
       set({ follow: true, running: !running() });
       greet();

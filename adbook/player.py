@@ -93,12 +93,13 @@ class RolloutPlayer(anywidget.AnyWidget):
         check(rollouts)
         first = next(iter(rollouts.values()))
         n, episodes, steps = first.rewards.shape
-        described = scene(family(first.family))
+        kind = family(first.family)
+        described = scene(kind)
         super().__init__(
             scene=described,
             agents=[_agent(name, i, rollout) for i, (name, rollout) in enumerate(rollouts.items())],
             tasks=[{"label": _label(task), "goal": list(task.goal)} for task in first.tasks],
-            others=[[round(x, 4) for x in task.goal] for task in family(first.family).train_tasks],
+            others=[[round(x, 4) for x in task.goal] for task in kind.train_tasks],
             references=[[name, _per_task(name, values, n)] for name, values in (references or {}).items()],
             step=steps if episodes else 0,  # the first picture shows a whole attempt
             **recording(rollouts, insight or {}, described),

@@ -81,7 +81,7 @@ export async function decode(model) {
 
 // The coordinates that are drawn, by their place in qpos.
 function spread(scene, value) {
-  const q = new Float64Array(Math.max(...scene.used) + 1);
+  const q = new Float64Array(scene.coordinates);
   scene.used.forEach((slot, j) => { q[slot] = value(j); });
   return q;
 }
@@ -91,7 +91,7 @@ const named = (insight, a, value) => Object.fromEntries(insight.agents[a].map((n
 // What a kernel is playing at this moment, as one more episode after those recorded.
 export function withCurrent(data, model) {
   const steps = model.get("current_steps") || [];
-  if (!steps.length || model.get("shape")[2] !== data.K) return data; // the latter while a longer recording is being read
+  if (!steps.length) return data;
   const view = model.get("current");
   const numbers = new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
   const { scene, insight, K } = data;

@@ -190,7 +190,7 @@ function goalMark(g, eye, scene, goal, target, look, ghost = false) {
 }
 
 // The result turns a pixel into a point at the goal's height, and the goal to come into a pixel.
-function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color, ends }, look) {
+function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color }, look) {
   const { g, width, height } = context(canvas, look);
   const { scene } = data;
   const { view } = scene;
@@ -206,7 +206,7 @@ function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color
   // Where earlier episodes ended, then the path of this one.
   if (!view.follow) {
     for (let e = 0; e < k; e++) {
-      const { x, y } = eye.see(ends(e));
+      const { x, y } = eye.see(data.place(a, task, e, data.length(a, task, e)));
       g.save();
       Object.assign(g, { fillStyle: look.ends, globalAlpha: 0.25 + (0.6 * (e + 1)) / k });
       g.beginPath();

@@ -42,6 +42,19 @@ def check(rollouts: Mapping[str, Rollout]) -> None:
             )
 
 
+def check_robot(rollout: Rollout, scene: Mapping[str, Any]) -> None:
+    """Refuse positions of another robot than the one that `adbook.scene` describes.
+
+    Raises:
+        ValueError: The number of coordinates is another.
+    """
+    if rollout.qpos.shape[-1] != scene["coordinates"]:
+        raise ValueError(
+            f"qpos has {rollout.qpos.shape[-1]} coordinates and {rollout.family}'s robot {scene['coordinates']}; "
+            "give a rollout of that family."
+        )
+
+
 def _check_positions(name: str, qpos: np.ndarray, lengths: np.ndarray) -> None:
     """Refuse positions (n, K, T + 1, nq) that are not finite before an episode's end."""
     played = np.arange(qpos.shape[2]) <= lengths[..., None]  # (n, K, T + 1)
@@ -69,12 +82,8 @@ def recording(
             than `Watched` gives it, or too much data.
     """
     first = next(iter(rollouts.values()))
-    if scene["coordinates"] != first.qpos.shape[-1]:
-        raise ValueError(
-            f"qpos has {first.qpos.shape[-1]} coordinates and {first.family}'s robot {scene['coordinates']}; "
-            "give a rollout of that family."
-        )
     for name, rollout in rollouts.items():
+        check_robot(rollout, scene)
         _check_positions(name, rollout.qpos, rollout.lengths)
     data = _insight(insight, rollouts)
     room = most_bytes * 3 / 4 - len(data["seen"])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from adbook.files import write_whole
 from adbook.look import style
-from adbook.recording import check
+from adbook.recording import check, check_robot
 from adbook.rollout import Rollout
 from adbook.scene import scene
 from adbook.studio import Studio
@@ -124,11 +124,7 @@ class _Panel:
     """
 
     def __init__(self, name: str, position: int, rollout: Rollout, task: int, described: Mapping[str, Any]) -> None:
-        if rollout.qpos.shape[-1] != described["coordinates"]:
-            raise ValueError(
-                f"qpos has {rollout.qpos.shape[-1]} coordinates and {rollout.family}'s robot "
-                f"{described['coordinates']}; give a rollout of that family."
-            )
+        check_robot(rollout, described)
         self._name, self._rollout, self._task = name, rollout, task
         self._color = ImageColor.getrgb(style(name, position).color)
         self._dt, self._kind = described["dt"], described["view"]["goal"]

@@ -174,7 +174,7 @@ def test_agents_that_do_not_fit_are_refused(mamba):
     family = adbook.family("reacher-goal")
     with pytest.raises(ValueError, match="0 agents"):
         LivePlayer({}, family)
-    with pytest.raises(ValueError, match="5 rollouts were given; the player shows one to four"):
+    with pytest.raises(ValueError, match="5 agents were given; the player shows one to four"):
         LivePlayer(dict.fromkeys("abcde", RandomPolicy(2)), family)
     with pytest.raises(ValueError, match="The policy has observation_size 8, ant-dir has 27"):
         LivePlayer(mamba, adbook.family("ant-dir"))
