@@ -17,7 +17,7 @@ from adbook.bench_scan import bench_scan, mambapy_scan
 from adbook.experiments import evaluate, profile
 from adbook.mamba import Mamba, MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig, PolicyState
-from adbook.sources import run_ppo
+from adbook.sources import run_source
 
 BATCH, LENGTH = 20, 400  # the laptop profile's batches: 8 episodes of 50 steps on 20 tasks
 
@@ -81,7 +81,7 @@ def bench_sources() -> dict[str, float | int]:
     """Measure environment steps a second of one PPO run on one core, updates and recording included."""
     settings = profile("laptop")
     start = time.perf_counter()
-    run_ppo(settings.family, settings.train_tasks[0], settings.source, seed=0)
+    run_source(settings.family, settings.train_tasks[0], settings.source, seed=0)
     return {"steps_per_second": settings.source.steps / (time.perf_counter() - start), "cores": 1}
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adbook import histories, metrics
-from adbook.histories import LearningHistory, WindowConfig, Windows, content_hash, load_histories
+from adbook import generation, metrics
+from adbook.files import content_hash
+from adbook.histories import LearningHistory, read_histories
 from adbook.mamba import MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig
 from adbook.rollout import RandomPolicy, Rollout, rollout
@@ -26,6 +27,7 @@ from adbook.tasks import Task, TaskFamily
 from adbook.tasks import family as task_family
 from adbook.training import TrainingConfig, TrainingLog, train
 from adbook.transformer import TransformerConfig
+from adbook.windows import WindowConfig, Windows
 
 PROFILES = ("smoke", "laptop", "paper")
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,11 +176,11 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
     tasks = getattr(settings, f"{split}_tasks")
     seeds = settings.source_seeds if split == "train" else (0,)
     where = {"seeds": seeds, "folder": RUNS / "histories"}
-    paths = histories.run_paths(settings.family, tasks, settings.source, **where)
+    paths = generation.run_paths(settings.family, tasks, settings.source, **where)
     missing = sum(not path.exists() for path in paths)
-    histories.record(settings.family, tasks, settings.source, **where, progress=progress)
+    generation.record(settings.family, tasks, settings.source, **where, progress=progress)
     print(f"{split} histories: recorded {missing} source runs, loaded {len(paths) - missing}")
-    return [history for path in paths for history in load_histories(path)]
+    return [history for path in paths for history in read_histories(path)]
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,6 @@ def _commit() -> str:
 
 def _training_hash(settings: Profile) -> str:
     """Hash of all that shapes the weights: data, model, training, seed; not the profile's name or its evaluation."""
-    paths = histories.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
+    paths = generation.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
     parts = (asdict(part) for part in (settings.policy, settings.window, settings.training))
     return content_hash([path.name for path in paths], *parts, settings.policy.backbone_name, settings.seed)

@@ -1,14 +1,22 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and names that tell what is in them."""
 
+import errno
+import hashlib
+import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
     """Write a file under a temporary name beside its place, and put it there in one step.
 
-    An interrupted write leaves what was there before, and nothing else.
+    An interrupted write leaves what was there before; a process that is killed also leaves a temporary file, which
+    `remove_leftovers` takes away.
 
     Args:
         path: where the file goes; missing folders are made.
@@ -16,13 +24,33 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Pat
 
     Returns:
         The path.
+
+    Raises:
+        OSError: the disk is full; the message names the file and says what to do.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        told = f"no space left to write {path}; what was finished before is intact: free some space and start again"
+        raise OSError(error.errno, told) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of their attempts to write `path`; nobody may be writing it now."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def content_hash(*parts: Any) -> str:
+    """Twelve hexadecimal digits that change with any of `parts` (anything JSON can hold): the name of an artefact."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

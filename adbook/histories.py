@@ -1,32 +1,23 @@
-"""Learning histories: record them, store them, thin them out, and cut context windows from them.
+"""Learning histories: what they are, thinned out, stored and read.
 
-This module needs numpy, safetensors, joblib and tqdm only; the simulator is imported when something is recorded, so
-that a machine without it can train from files.
+This module needs numpy and safetensors only, so that a machine without the simulator can train from files.
 """
 
-import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from tqdm import tqdm
+from safetensors.numpy import save
 
 from adbook.files import write_whole
 
-if TYPE_CHECKING:
-    from adbook.sources import PPOConfig
-    from adbook.tasks import Task, TaskFamily
-
 SCHEMA = 1  # of the file format below; raise it when a stored field changes meaning or shape
-_RECORDING = 2  # raise it when the same settings and seed come to give other histories, so that none goes stale
 _KIND = "adbook.LearningHistory"
 _FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
 
@@ -112,10 +103,10 @@ class LearningHistory:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LearningHistory":
-        """Read a file that holds one history; see `load_histories`."""
-        histories = load_histories(path)
+        """Read a file that holds one history; see `read_histories`."""
+        histories = read_histories(path)
         if len(histories) != 1:
-            raise HistoryFileError(f"{path} holds {len(histories)} histories; read it with load_histories")
+            raise HistoryFileError(f"{path} holds {len(histories)} histories; read it with read_histories")
         return histories[0]
 
     def to_minari(self, dataset_id: str):
@@ -173,7 +164,7 @@ def save_histories(path: str | os.PathLike, histories: Sequence[LearningHistory]
     for i, history in enumerate(histories):
         arrays |= {f"{i}/{name}": np.ascontiguousarray(array) for name, array in _stored(history).items()}
     header = {"kind": _KIND, "schema": str(SCHEMA), "json": json.dumps([h.metadata for h in histories])}
-    return write_whole(path, lambda file: save_file(arrays, file, metadata=header))
+    return write_whole(path, lambda file: file.write_bytes(save(arrays, header)))
 
 
 def _stored(history: LearningHistory) -> dict[str, np.ndarray]:
@@ -185,7 +176,7 @@ def _stored(history: LearningHistory) -> dict[str, np.ndarray]:
     return stored | {"last_observations": history.next_observations[ends]}
 
 
-def load_histories(path: str | os.PathLike) -> list[LearningHistory]:
+def read_histories(path: str | os.PathLike) -> list[LearningHistory]:
     """Read the histories of a file that `save_histories` wrote; the file is mapped, nothing is unpickled.
 
     Raises:
@@ -194,7 +185,7 @@ def load_histories(path: str | os.PathLike) -> list[LearningHistory]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no histories at {path}; record them with adbook.histories.record")
+        raise FileNotFoundError(f"no histories at {path}; record them with adbook.generation.record")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = _read_header(path, file.metadata() or {})
@@ -220,157 +211,3 @@ def _restored(file: Any, i: int, metadata: dict[str, Any]) -> LearningHistory:
     following = np.roll(fields["observations"], -1, axis=0)
     following[fields["terminated"] | fields["truncated"]] = file.get_tensor(f"{i}/last_observations")
     return LearningHistory(**fields, next_observations=following, metadata=metadata)
-
-
-def content_hash(*parts: Any) -> str:
-    """Twelve hexadecimal digits that change with any of `parts` (anything JSON can hold): the name of an artefact."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def record(
-    family: "TaskFamily",
-    tasks: Sequence["Task"],
-    config: "PPOConfig",
-    *,
-    seeds: Iterable[int] = (0,),
-    folder: str | os.PathLike = "runs/histories",
-    n_jobs: int = -1,
-    progress: bool = True,
-) -> list[Path]:
-    """Run the source algorithm on every task with every seed, and store one file a run.
-
-    Runs are independent and go through joblib, over all cores by default (choose another backend with
-    `joblib.parallel_config`). A file that is there is not made again: its name is a hash of everything that shapes it,
-    and it appears only when its run has finished, so an interrupted call goes on where it stopped.
-
-    Args:
-        family: makes the environments.
-        tasks: the tasks to learn.
-        config: the source algorithm's settings.
-        seeds: seeds of the source runs, one run a task and seed.
-        folder: where the files go.
-        n_jobs: processes; -1 for one a core.
-        progress: show a bar with tasks done, environment steps a second and time left.
-
-    Returns:
-        The files, task by task and seed by seed; each holds `config.streams` histories.
-    """
-    from joblib import Parallel, delayed
-
-    seeds = tuple(seeds)
-    runs = [(task, seed) for task in tasks for seed in seeds]
-    paths = run_paths(family, tasks, config, seeds=seeds, folder=folder)
-    missing = [(task, seed, path) for (task, seed), path in zip(runs, paths, strict=True) if not path.exists()]
-    jobs = (delayed(_record_run)(family, task, config, seed, path) for task, seed, path in missing)
-    bar = tqdm(total=config.steps * len(missing), unit="step", unit_scale=True, disable=not (progress and missing))
-    with bar:
-        bar.set_description(f"{family.name} 0/{len(missing)} runs")
-        finished = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(jobs)
-        for done, _ in enumerate(finished, 1):
-            bar.set_description(f"{family.name} {done}/{len(missing)} runs")
-            bar.update(config.steps)
-    return paths
-
-
-def run_paths(
-    family: "TaskFamily",
-    tasks: Sequence["Task"],
-    config: "PPOConfig",
-    *,
-    seeds: Iterable[int] = (0,),
-    folder: str | os.PathLike = "runs/histories",
-) -> list[Path]:
-    """Return the files that `record` with the same arguments makes, whether or not they are there."""
-    seeds = tuple(seeds)
-    return [_run_path(Path(folder), family, task, config, seed) for task in tasks for seed in seeds]
-
-
-def _run_path(folder: Path, family: "TaskFamily", task: "Task", config: "PPOConfig", seed: int) -> Path:
-    name = content_hash(SCHEMA, _RECORDING, family.split, asdict(task), type(config).__name__, asdict(config), seed)
-    return folder / family.name / f"{task.split}-{task.index:03d}-seed{seed}-{name}.safetensors"
-
-
-def _record_run(family: "TaskFamily", task: "Task", config: "PPOConfig", seed: int, path: Path) -> None:
-    from adbook.sources import run_ppo
-
-    about = {
-        "task": asdict(task),
-        "family_split": family.split,
-        "source": "PPO",
-        "config": asdict(config),
-        "seed": seed,
-        "versions": {name: version(name) for name in ("gymnasium", "mujoco", "stable-baselines3", "torch")},
-    }
-    streams = run_ppo(family, task, config, seed)
-    save_histories(path, [LearningHistory(**s, metadata=about | {"stream": i}) for i, s in enumerate(streams)])
-
-
-@dataclass(frozen=True)
-class WindowConfig:
-    """How context windows are cut: one episode in `every`, `episodes` of them, from the history's start or anywhere."""
-
-    episodes: int = 8  # kept episodes in a window
-    every: int = 10  # keep one episode in so many
-    span: bool = True  # start at the history's start, so that a window shows the whole improvement; else anywhere
-
-    def __post_init__(self):
-        """Refuse settings that cannot be cut."""
-        if self.episodes < 1 or self.every < 1:
-            raise ValueError(f"episodes={self.episodes} and every={self.every} must both be at least 1")
-
-
-class Windows:
-    """Draws training windows from histories: whole kept episodes, side by side, cut or padded to one length.
-
-    The phase of the downsampling is random, so that every episode is used and no two epochs see the same windows.
-    """
-
-    def __init__(self, histories: Sequence[LearningHistory], config: WindowConfig, horizon: int):
-        """Prepare to draw from `histories`; `horizon` is the most steps an episode can have.
-
-        Raises:
-            ValueError: no history was given, or one is too short for the context.
-        """
-        if not histories:
-            raise ValueError("no history was given; record some with adbook.histories.record")
-        self.config, self.length = config, config.episodes * horizon
-        needed = config.episodes * config.every
-        self._episodes = [history.episodes for history in histories]
-        for history, episodes in zip(histories, self._episodes, strict=True):
-            if len(episodes) < needed:
-                raise ValueError(
-                    f"a context of {config.episodes} episodes, one in {config.every}, needs {needed} episodes, but "
-                    f"{history!r} has {len(episodes)}; lower episodes or every, or record longer histories"
-                )
-        self.histories = list(histories)
-
-    def sample(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Draw `n` windows of length `L = episodes * horizon`.
-
-        Returns:
-            observations (n, L, O), actions (n, L, A) and rewards (n, L) float32; starts (n, L) bool, first step of an
-            episode; valid (n, L) bool, False for padding behind windows with short episodes.
-        """
-        picked = [self._one(int(i), rng) for i in rng.integers(len(self.histories), size=n)]
-        return {name: np.stack([window[name] for window in picked]) for name in picked[0]}
-
-    def _one(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        config, episodes, history = self.config, self._episodes[i], self.histories[i]
-        kept = episodes[int(rng.integers(config.every)) :: config.every]
-        first = 0 if config.span else int(rng.integers(len(kept) - config.episodes + 1))
-        chosen = kept[first : first + config.episodes]
-        index = np.concatenate([np.arange(e.start, e.stop) for e in chosen])
-        starts = np.zeros(self.length, bool)
-        starts[np.cumsum([0, *(e.stop - e.start for e in chosen[:-1])])] = True
-        valid = np.arange(self.length) < len(index)
-        index = np.pad(index, (0, self.length - len(index)), mode="edge")
-        fields = {name: getattr(history, name)[index] for name in ("observations", "actions", "rewards")}
-        return fields | {"starts": starts, "valid": valid}
-
-
-def window_returns(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Return of every episode in windows that `Windows.sample` drew: (n, episodes)."""
-    episode = batch["starts"].cumsum(axis=1) - 1  # (n, L)
-    rewards = np.where(batch["valid"], batch["rewards"], 0)
-    return np.stack([np.bincount(e, r) for e, r in zip(episode, rewards, strict=True)])

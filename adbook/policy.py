@@ -128,7 +128,7 @@ class ADPolicy(nn.Module):
         """Mean negative log-likelihood (or squared error) of the actions of a batch, in units of `action_scale`.
 
         Args:
-            batch: as `adbook.histories.Windows.sample` gives it, as tensors.
+            batch: as `adbook.windows.Windows.sample` gives it, as tensors.
             noise: (B, L, O) added to the observations that the model sees, in units of their standard deviation.
         """
         s = batch["observations"]

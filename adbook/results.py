@@ -20,9 +20,9 @@ import torch
 from adbook import experiments
 from adbook.experiments import Profile, References, describe, evaluate, provenance, references, trained_policy
 from adbook.files import write_whole
-from adbook.histories import WindowConfig
 from adbook.policy import ADPolicy
 from adbook.transformer import TransformerConfig
+from adbook.windows import WindowConfig
 
 CONTROLS = {"mamba": {}, "reward withheld": {"withhold_reward": True}, "deterministic": {"deterministic": True}}
 

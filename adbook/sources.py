@@ -6,19 +6,20 @@ the first clumsy episode to the last good one, in order. Replay buffers and eval
 
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import gymnasium
 import numpy as np
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from adbook.droq import DroQ
 from adbook.tasks import Task, TaskFamily
-
-Stream = dict[str, np.ndarray]
-"""One environment's steps in order; keys and shapes are those of `adbook.LearningHistory`."""
+from adbook.vectors import Stream, TaskVector
 
 
 @dataclass(frozen=True)
@@ -36,100 +37,185 @@ class PPOConfig:
     gae_lambda: float = 0.95
     log_std_init: float = -0.7  # log σ of the Gaussian policy at the start, in the action's own unit
     hidden: tuple[int, ...] = (64, 64)  # of the policy and of the value function
+    normalize: bool = False  # let PPO see observations and rewards divided by their running scale
 
     def __post_init__(self):
         """Refuse settings that cannot run."""
-        for name in ("steps", "n_envs", "streams", "n_steps", "batch_size", "n_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.learning_rate < np.inf:
-            raise ValueError(f"learning_rate={self.learning_rate} must be a positive number")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
+        _check(self, at_least_1=("steps", "n_envs", "streams", "n_steps", "batch_size", "n_epochs"))
+        _check(self, shares=("gamma", "gae_lambda"))
         if not np.isfinite(self.log_std_init):
             raise ValueError(f"log_std_init={self.log_std_init} must be a finite number")
-        if self.streams > self.n_envs:
-            raise ValueError(f"streams={self.streams} exceeds n_envs={self.n_envs}; record at most every environment")
         if (self.n_envs * self.n_steps) % self.batch_size:
             total = self.n_envs * self.n_steps
             raise ValueError(f"batch_size={self.batch_size} must divide n_envs * n_steps = {total}")
 
+    @property
+    def steps_each(self) -> int:
+        """Steps that each environment takes in whole updates."""
+        return -(-self.steps // (self.n_envs * self.n_steps)) * self.n_steps
 
-class Recorder(gymnasium.Wrapper):
-    """Keep every step of an environment, beneath any vectorisation (which hides the last observation)."""
+    def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
+        """Return the algorithm, ready to learn in `vector`."""
+        if self.normalize:
+            vector = VecNormalize(vector, gamma=self.gamma)
+        return PPO(
+            "MlpPolicy",
+            vector,
+            n_steps=self.n_steps,
+            batch_size=self.batch_size,
+            n_epochs=self.n_epochs,
+            learning_rate=lambda remaining: self.learning_rate * remaining,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            policy_kwargs={"log_std_init": self.log_std_init, "net_arch": list(self.hidden)} | _FUSED,
+            seed=seed,
+            device="cpu",
+        )
 
-    def __init__(self, env: gymnasium.Env, capacity: int):
-        """Record up to `capacity` steps of `env`."""
-        super().__init__(env)
-        shapes = (env.observation_space.shape, env.action_space.shape)
-        names = ("observations", "actions", "rewards", "next_observations")
-        sizes = (*shapes, (), shapes[0])
-        self._stream = {n: np.empty((capacity, *s), np.float32) for n, s in zip(names, sizes, strict=True)}
-        self._stream |= {n: np.empty(capacity, bool) for n in ("terminated", "truncated")}
-        self._count = 0
-        self._observation = None
 
-    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
-        """Reset the environment; what follows starts a new episode."""
-        self._observation, info = self.env.reset(**kwargs)
-        return self._observation, info
+@dataclass(frozen=True)
+class SACConfig:
+    """Soft actor-critic (arXiv 1801.01290, 1812.05905) by stable-baselines3, its temperature learned."""
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Step the environment and record the step."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        row = (self._observation, action, reward, observation, terminated, truncated)
-        for values, value in zip(self._stream.values(), row, strict=True):
-            values[self._count] = value
-        self._count += 1
-        self._observation = observation
-        return observation, reward, terminated, truncated, info
+    steps: int = 10_000  # environment steps over all environments
+    n_envs: int = 4  # environments that fill one replay buffer; each is one stream
+    streams: int = 4  # streams that are recorded, at most n_envs
+    updates: int = 1  # gradient steps an environment step
+    learning_starts: int = 500  # steps of uniformly random actions at the start
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    gamma: float = 0.95
+    tau: float = 0.01  # the target critics' step towards the critics
+    hidden: tuple[int, ...] = (64, 64)  # of the policy and of each critic
+
+    def __post_init__(self):
+        """Refuse settings that cannot run."""
+        _check(self, at_least_1=("steps", "n_envs", "streams", "updates", "batch_size"), shares=("gamma", "tau"))
+        if not 0 <= self.learning_starts < self.steps:
+            raise ValueError(f"learning_starts={self.learning_starts} must be from 0 to below steps={self.steps}")
 
     @property
-    def stream(self) -> Stream:
-        """What was recorded, cut after the last finished episode."""
-        ends = np.flatnonzero(self._stream["terminated"][: self._count] | self._stream["truncated"][: self._count])
-        length = int(ends[-1]) + 1 if len(ends) else 0
-        return {name: values[:length] for name, values in self._stream.items()}
+    def steps_each(self) -> int:
+        """Steps that each environment takes."""
+        return -(-self.steps // self.n_envs)
+
+    def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
+        """Return the algorithm, ready to learn in `vector`."""
+        return SAC("MlpPolicy", vector, **self._options(seed))
+
+    def _options(self, seed: int) -> dict:
+        return {
+            "learning_rate": self.learning_rate,
+            "buffer_size": self.steps_each * self.n_envs,
+            "learning_starts": self.learning_starts,
+            "batch_size": self.batch_size,
+            "tau": self.tau,
+            "gamma": self.gamma,
+            "train_freq": 1,
+            "gradient_steps": self.updates * self.n_envs,
+            "policy_kwargs": {"net_arch": list(self.hidden)} | _FUSED,
+            "seed": seed,
+            "device": "cpu",
+        }
 
 
-def run_ppo(family: TaskFamily, task: Task, config: PPOConfig, seed: int) -> list[Stream]:
-    """Learn `task` with PPO and return the recorded streams, `config.streams` of them.
+@dataclass(frozen=True)
+class DroQConfig(SACConfig):
+    """DroQ (arXiv 2110.02034): SAC with dropout and layer normalisation in its critics, and many updates a step."""
+
+    steps: int = 3_000
+    n_envs: int = 1
+    streams: int = 1
+    updates: int = 20
+    learning_starts: int = 250
+    batch_size: int = 128
+    dropout: float = 0.01
+
+    def __post_init__(self):
+        """Refuse settings that cannot run."""
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be from 0 to below 1")
+
+    def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
+        """Return the algorithm, ready to learn in `vector`."""
+        return DroQ(vector, dropout=self.dropout, **self._options(seed))
+
+
+SourceConfig = PPOConfig | SACConfig | DroQConfig
+_FUSED = {"optimizer_kwargs": {"fused": True}}  # one kernel for all weights of a network, so small ones step faster
+
+
+def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
+    for name in at_least_1:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be from 0 to 1")
+    if not 0 < config.learning_rate < np.inf:
+        raise ValueError(f"learning_rate={config.learning_rate} must be a positive number")
+    if config.streams > config.n_envs:
+        raise ValueError(f"streams={config.streams} exceeds n_envs={config.n_envs}; record at most every environment")
+
+
+def source_name(config: SourceConfig) -> str:
+    """Return the algorithm's name: "PPO", "SAC" or "DroQ"."""
+    return type(config).__name__.removesuffix("Config")
+
+
+def run_source(
+    family: TaskFamily,
+    task: Task,
+    config: SourceConfig,
+    seed: int,
+    on_steps: Callable[[int], None] = lambda steps: None,
+) -> list[Stream]:
+    """Learn `task` with the algorithm of `config` and return the recorded streams, `config.streams` of them.
+
+    `on_steps` is told every now and then how many environment steps have been made.
 
     The same arguments give the same streams on the same machine. Torch is left on one thread: networks this small
     run fastest so, and tasks are run in parallel.
     """
+    dice = _dice(task, seed)
+    vector = TaskVector(family, [task] * config.n_envs, seed=dice, capacity=config.steps_each)
+    learn(vector, config, dice, on_steps=on_steps)
+    return vector.streams(config.streams)
+
+
+def learn(
+    vector: VecEnv,
+    config: SourceConfig,
+    seed: int,
+    *,
+    on_steps: Callable[[int], None] = lambda steps: None,
+) -> BaseAlgorithm:
+    """Let the algorithm of `config` learn in `vector`, close it, and return the algorithm."""
     torch.set_num_threads(1)
-    per_update = config.n_envs * config.n_steps
-    updates = -(-config.steps // per_update)
-    recorders = [Recorder(family.make(task), updates * config.n_steps) for _ in range(config.streams)]
-    plain = [family.make(task) for _ in range(config.n_envs - config.streams)]
-    vector = DummyVecEnv([lambda env=env: env for env in (*recorders, *plain)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU.*")  # stable-baselines3's advice on devices
-        model = _ppo(vector, config, _dice(task, seed))
+        model = config.build(vector, seed)
     model.set_logger(Logger(folder=None, output_formats=[]))
-    model.learn(updates * per_update)
+    model.learn(config.steps_each * config.n_envs, callback=_Tell(on_steps))
     vector.close()
-    return [recorder.stream for recorder in recorders]
+    return model
+
+
+class _Tell(BaseCallback):
+    """Tell how many steps have been made, whenever the algorithm has learned from some and goes on playing."""
+
+    def __init__(self, on_steps: Callable[[int], None]):
+        super().__init__()
+        self.on_steps = on_steps
+
+    def _on_rollout_start(self) -> None:
+        self.on_steps(self.num_timesteps)
+
+    def _on_step(self) -> bool:
+        return True
 
 
 def _dice(task: Task, seed: int) -> int:
     """Seed of one run. Each task needs its own: were the noise the same in all, a model would learn it by heart."""
     return int(np.random.SeedSequence([seed, zlib.crc32(repr(task).encode())]).generate_state(1)[0])
-
-
-def _ppo(vector: DummyVecEnv, config: PPOConfig, seed: int) -> PPO:
-    return PPO(
-        "MlpPolicy",
-        vector,
-        n_steps=config.n_steps,
-        batch_size=config.batch_size,
-        n_epochs=config.n_epochs,
-        learning_rate=lambda remaining: config.learning_rate * remaining,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        policy_kwargs={"log_std_init": config.log_std_init, "net_arch": list(config.hidden)},
-        seed=seed,
-        device="cpu",
-    )

@@ -263,6 +263,7 @@ class _Spec:
     horizon: int
     place: Callable[[np.ndarray], list[tuple[float, ...]]]  # unit square -> goals
     ood: list[tuple[float, ...]]
+    everywhere: Callable[[np.ndarray], list[tuple[float, ...]]]  # unit square -> goals, those of `ood` among them
     macaw: tuple[tuple[float, ...], frozenset[int]] | None = None
 
 
@@ -272,18 +273,25 @@ _CHEETAH_MACAW = tuple(np.linspace(0.075, 3.0, 40).tolist()), frozenset({2, 7, 1
 _ANT_MACAW = tuple((2 * np.pi * np.arange(50) / 50).tolist()), frozenset({6, 17, 23, 30, 41})
 
 _SPECS = {
-    "reacher-goal": _Spec("adbook/ReacherGoal-v0", ReacherGoalEnv, 50, _disc(REACH), _ring(REACH, 0.24)),
-    "pusher-goal": _Spec("adbook/PusherGoal-v0", PusherGoalEnv, 100, _disc(PUSH), _ring(PUSH, 0.2)),
+    "reacher-goal": _Spec("adbook/ReacherGoal-v0", ReacherGoalEnv, 50, _disc(REACH), _ring(REACH, 0.24), _disc(0.24)),
+    "pusher-goal": _Spec("adbook/PusherGoal-v0", PusherGoalEnv, 100, _disc(PUSH), _ring(PUSH, 0.2), _disc(0.2)),
     "half-cheetah-vel": _Spec(
         "adbook/HalfCheetahVel-v0",
         HalfCheetahVelEnv,
         200,
         _interval(0.0, MAX_VELOCITY),
         _evenly((-1.0, 0.0), (MAX_VELOCITY, 4.0)),
+        _interval(-1.0, 4.0),
         _CHEETAH_MACAW,
     ),
     "ant-dir": _Spec(
-        "adbook/AntDir-v0", AntDirEnv, 200, _interval(0.0, HELD_OUT_ARC[0]), _evenly(HELD_OUT_ARC), _ANT_MACAW
+        "adbook/AntDir-v0",
+        AntDirEnv,
+        200,
+        _interval(0.0, HELD_OUT_ARC[0]),
+        _evenly(HELD_OUT_ARC),
+        _interval(0.0, 2 * math.pi),
+        _ANT_MACAW,
     ),
 }
 FAMILIES = tuple(_SPECS)
@@ -330,9 +338,10 @@ class TaskFamily:
         spec = _SPECS[self.name]
         return gymnasium.make(spec.id, goal=task.goal, render_mode=render_mode, disable_env_checker=True)
 
-    def sample_tasks(self, n: int, rng: np.random.Generator) -> tuple[Task, ...]:
-        """Draw `n` fresh tasks from the distribution of the training and test tasks."""
-        return _tasks(self.name, "sampled", _spec(self.name, self.split).place(rng.random((n, 2))))
+    def sample_tasks(self, n: int, rng: np.random.Generator, *, ood: bool = False) -> tuple[Task, ...]:
+        """Draw `n` fresh tasks from the distribution of the training and test tasks; `ood` widens it to `ood_tasks`."""
+        spec = _spec(self.name, self.split)
+        return _tasks(self.name, "sampled", (spec.everywhere if ood else spec.place)(rng.random((n, 2))))
 
     def __repr__(self) -> str:
         """Name the split and count its tasks."""

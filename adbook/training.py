@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adbook.files import write_whole
-from adbook.histories import Windows, content_hash
+from adbook.files import content_hash, write_whole
 from adbook.policy import ADPolicy
+from adbook.windows import Windows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

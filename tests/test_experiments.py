@@ -6,9 +6,9 @@ import pytest
 
 from adbook import experiments, results
 from adbook.experiments import PROFILES, evaluate, profile, references, source_histories, trained_policy
-from adbook.histories import WindowConfig
 from adbook.sources import PPOConfig
 from adbook.tasks import FAMILIES
+from adbook.windows import WindowConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 import adbook
 from adbook import histories as module
+from adbook.generation import record
 from adbook.histories import (
     SCHEMA,
     HistoryFileError,
     LearningHistory,
-    content_hash,
-    load_histories,
-    record,
+    read_histories,
     save_histories,
 )
 from adbook.sources import PPOConfig
@@ -115,14 +114,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     """Also episodes of one step, several histories in a file, and metadata that holds more than ASCII."""
     given = [make_history((2, 1, 3, 1)), make_history(number=1.5, source="PPO", config={"γ": 0.98, "hidden": [64]})]
     path = save_histories(tmp_path / "new" / "two.safetensors", given)
-    loaded = load_histories(path)
+    loaded = read_histories(path)
     assert len(loaded) == 2
     for one, two in zip(given, loaded, strict=True):
         assert_equal(one, two)
     assert [p.name for p in path.parent.iterdir()] == ["two.safetensors"]
     single = given[0].save(tmp_path / "one.safetensors")
     assert_equal(LearningHistory.load(single), given[0])
-    with pytest.raises(HistoryFileError, match="holds 2 histories; read it with load_histories"):
+    with pytest.raises(HistoryFileError, match="holds 2 histories; read it with read_histories"):
         LearningHistory.load(path)
 
 
@@ -151,7 +150,7 @@ def test_a_truncated_file_is_refused_by_name_and_left_alone(tmp_path, kept):
     damaged = path.read_bytes()[:kept]
     path.write_bytes(damaged)
     with pytest.raises(HistoryFileError, match=r"cut\.safetensors is truncated.*delete it and record it again"):
-        load_histories(path)
+        read_histories(path)
     assert path.read_bytes() == damaged
 
 
@@ -159,12 +158,12 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"A_log": np.zeros(3, np.float32)}, path)
     with pytest.raises(HistoryFileError, match=r"weights\.safetensors is not a file of learning histories"):
-        load_histories(path)
+        read_histories(path)
     path.write_text("episode,return\n1,-12.0\n" * 10)
     with pytest.raises(HistoryFileError, match=r"weights\.safetensors is truncated, damaged or not a history file"):
-        load_histories(path)
+        read_histories(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.*record them with"):
-        load_histories(tmp_path / "nowhere")
+        read_histories(tmp_path / "nowhere")
 
 
 def rewrite(path, arrays=None, **header) -> None:
@@ -179,7 +178,7 @@ def test_another_schema_names_both_versions(tmp_path):
     rewrite(path, schema="99")
     message = rf"old\.safetensors has schema version 99, this version reads {SCHEMA}; record"
     with pytest.raises(HistoryFileError, match=message):
-        load_histories(path)
+        read_histories(path)
 
 
 @pytest.mark.parametrize("damage", [{"json": "[{"}, {"json": '[{"task": "toy"}, {"task": "two"}]'}])
@@ -187,7 +186,7 @@ def test_a_header_that_does_not_fit_is_refused_by_name(damage, tmp_path):
     path = make_history().save(tmp_path / "h.safetensors")
     rewrite(path, **damage)
     with pytest.raises(HistoryFileError, match=r"h\.safetensors is truncated, damaged or.*delete it"):
-        load_histories(path)
+        read_histories(path)
 
 
 def test_nan_in_a_file_is_refused(tmp_path):
@@ -196,112 +195,22 @@ def test_nan_in_a_file_is_refused(tmp_path):
     rewards[4] = np.nan
     rewrite(path, {"0/rewards": rewards})
     with pytest.raises(ValueError, match="rewards holds NaN or infinity, first at step 4 of toy"):
-        load_histories(path)
+        read_histories(path)
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = make_history().save(tmp_path / "h.safetensors")
     before = path.read_bytes()
 
-    def half_written(arrays, target, metadata):
-        target.write_bytes(b"half a file")
+    def interrupted(arrays, metadata):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_file", half_written)
+    monkeypatch.setattr(module, "save", interrupted)
     for name in ("h.safetensors", "new.safetensors"):
         with pytest.raises(KeyboardInterrupt):
             make_history(number=2.0).save(tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["h.safetensors"]
     assert path.read_bytes() == before
-
-
-def test_content_hash_changes_with_every_part_and_not_with_the_order_of_keys():
-    base = content_hash(1, {"a": 1, "b": [2.0, "x"]})
-    assert base == content_hash(1, {"b": [2.0, "x"], "a": 1})
-    others = {
-        content_hash(2, {"a": 1, "b": [2.0, "x"]}),
-        content_hash(1, {"a": 1, "b": [2.5, "x"]}),
-        content_hash({"a": 1, "b": [2.0, "x"]}, 1),
-    }
-    assert len(others | {base}) == 4
-    assert base == "e980c3c7dd44"  # the same on every machine and in every process: files are found again by it
-
-
-@pytest.fixture
-def toy_source(monkeypatch):
-    """A source that costs nothing; returns the list of (task index, seed) it was asked for."""
-    asked = []
-
-    def run(family, task, config, seed):
-        asked.append((task.index, seed))
-        history = make_history(number=100 * task.index + seed)
-        return [{name: getattr(history, name) for name in ARRAYS}]
-
-    monkeypatch.setattr("adbook.sources.run_ppo", run)
-    return asked
-
-
-def record_toy(folder):
-    family = adbook.family("reacher-goal")
-    options = {"seeds": (0, 5), "n_jobs": 1, "progress": False}
-    return record(family, family.train_tasks[:3], TINY, folder=folder, **options)
-
-
-def test_recording_makes_a_file_a_task_and_seed_in_order(tmp_path, toy_source):
-    paths = record_toy(tmp_path)
-    assert toy_source == [(0, 0), (0, 5), (1, 0), (1, 5), (2, 0), (2, 5)]
-    numbers = [LearningHistory.load(path).observations[0, 2] for path in paths]
-    assert numbers == [0, 5, 100, 105, 200, 205]
-    about = LearningHistory.load(paths[3]).metadata
-    assert (about["task"]["index"], about["seed"], about["config"]["steps"]) == (1, 5, 100)
-    assert {"gymnasium", "mujoco", "torch"} <= set(about["versions"])
-
-
-def test_only_a_missing_history_is_made_again(tmp_path, toy_source):
-    paths = record_toy(tmp_path)
-    toy_source.clear()
-    paths[2].unlink()
-    before = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
-    assert record_toy(tmp_path) == paths
-    assert toy_source == [(1, 0)]
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    toy_source.clear()
-    record_toy(tmp_path)
-    assert toy_source == []
-
-
-def test_an_interrupted_recording_goes_on_where_it_stopped(tmp_path, toy_source, monkeypatch):
-    import adbook.sources
-
-    plain = adbook.sources.run_ppo
-
-    def interrupted(family, task, config, seed):
-        if (task.index, seed) == (1, 5):
-            raise KeyboardInterrupt
-        return plain(family, task, config, seed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("adbook.sources.run_ppo", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            record_toy(tmp_path)
-    assert len(list(tmp_path.rglob("*"))) == 1 + 3  # the family's folder and the finished runs, no temporary file
-    toy_source.clear()
-    assert all(path.exists() for path in record_toy(tmp_path))
-    assert toy_source == [(1, 5), (2, 0), (2, 5)]
-
-
-def test_another_setting_is_another_file(tmp_path, toy_source):
-    family = adbook.family("ant-dir")
-    task = family.train_tasks[0]
-    macaw = adbook.family("ant-dir", split="macaw")
-
-    def path(family=family, task=task, config=TINY, seed=0):
-        return record(family, [task], config, seeds=[seed], folder=tmp_path, n_jobs=1, progress=False)[0]
-
-    other_config = PPOConfig(steps=100, n_envs=1, streams=1, n_steps=50, batch_size=50, n_epochs=1, gamma=0.9)
-    paths = {path(), path(seed=1), path(config=other_config), path(task=family.train_tasks[1]), path(macaw)}
-    assert len(paths) == 5
-    assert path() in paths
 
 
 @pytest.fixture(scope="module")

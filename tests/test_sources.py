@@ -1,77 +1,37 @@
-# ruff: noqa: D102 - a stand-in for an environment, whose methods are known
 """Source algorithms: what is recorded is what happened, in order, and the seed decides it."""
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 import adbook
-from adbook.sources import PPOConfig, Recorder, _dice, run_ppo
+from adbook import vectors
+from adbook.droq import DroQ
+from adbook.sources import DroQConfig, PPOConfig, SACConfig, _dice, run_source, source_name
+from adbook.vectors import TaskVector
 
-TINY = PPOConfig(steps=200, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
+PPO = PPOConfig(steps=200, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
+SAC = SACConfig(steps=200, n_envs=2, streams=2, learning_starts=50, batch_size=16)
+DROQ = DroQConfig(steps=200, n_envs=2, streams=2, learning_starts=150, batch_size=16, updates=2)
+ALL = pytest.mark.parametrize("config", [PPO, SAC, DROQ], ids=source_name)
 
 
 @pytest.fixture(autouse=True)
 def threads():
-    """The source leaves torch on one thread; the tests that follow get theirs back."""
+    """A source leaves torch on one thread; the tests that follow get theirs back."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-class Clock(gymnasium.Env):
-    """Shows (episode, step), pays 10 × episode + step; odd episodes terminate after 2 steps, the others after 3."""
-
-    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
-    episode = -1
-
-    def reset(self, *, seed=None, options=None):
-        self.episode, self.t = self.episode + 1, 0
-        return np.array([self.episode, 0.0]), {}
-
-    def step(self, action):
-        self.t += 1
-        reward = float(10 * self.episode + self.t)
-        terminated, truncated = bool(self.episode % 2 and self.t == 2), self.t == 3
-        return np.array([self.episode, float(self.t)]), reward, terminated, truncated, {}
+@pytest.fixture
+def reacher():
+    return adbook.family("reacher-goal")
 
 
-def test_the_recorder_keeps_the_last_observation_that_vectorisation_hides():
-    recorder = Recorder(Clock(), capacity=9)
-    vector = DummyVecEnv([lambda: recorder])
-    vector.reset()
-    for t in range(7):  # episodes of 3, 2 steps, and 2 of the third
-        observation, _, done, _ = vector.step(np.full((1, 1), 0.1 * t, np.float32))
-        if done[0]:
-            assert observation[0, 1] == 0  # what stable-baselines3 gives is the reset one
-    stream = recorder.stream
-    assert stream["observations"].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
-    assert stream["next_observations"].tolist() == [[0, 1], [0, 2], [0, 3], [1, 1], [1, 2]]
-    assert stream["rewards"].tolist() == [1, 2, 3, 11, 12]
-    assert stream["truncated"].tolist() == [False, False, True, False, False]
-    assert stream["terminated"].tolist() == [False, False, False, False, True]
-    np.testing.assert_allclose(stream["actions"][:, 0], 0.1 * np.arange(5), rtol=1e-6)
-
-
-def test_an_unfinished_episode_alone_is_no_stream():
-    recorder = Recorder(Clock(), capacity=4)
-    recorder.reset()
-    recorder.step(np.zeros(1))
-    assert all(len(values) == 0 for values in recorder.stream.values())
-
-
-@pytest.fixture(scope="module")
-def streams():
-    family = adbook.family("reacher-goal")
-    return family, run_ppo(family, family.train_tasks[0], TINY, seed=3)
-
-
-def test_a_run_records_its_streams_in_whole_episodes(streams):
-    _, recorded = streams
+@ALL
+def test_a_run_records_its_streams_in_whole_episodes(reacher, config):
+    recorded = run_source(reacher, reacher.train_tasks[0], config, seed=3)
     assert len(recorded) == 2
     for stream in recorded:
         assert stream["observations"].shape == (100, 8)  # 200 steps over two environments
@@ -81,14 +41,192 @@ def test_a_run_records_its_streams_in_whole_episodes(streams):
     assert not np.array_equal(recorded[0]["observations"], recorded[1]["observations"])
 
 
-def test_replaying_the_recorded_actions_gives_the_recorded_stream(streams):
+@ALL
+def test_the_seed_decides_a_run(reacher, config):
+    first, again, other = (run_source(reacher, reacher.train_tasks[0], config, seed=s)[1] for s in (3, 3, 4))
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, again[name])
+    assert not np.array_equal(first["actions"], other["actions"])
+    assert not np.array_equal(first["observations"][0], other["observations"][0])
+
+
+@ALL
+def test_weights_are_updated(reacher, config, monkeypatch):
+    """Else a history would be a record of a policy that never learns."""
+    before, after = {}, {}
+    build = type(config).build
+
+    def watched(config, vector, seed):
+        model = build(config, vector, seed)
+        before.update({name: v.clone() for name, v in model.policy.state_dict().items()})
+        after["model"] = model
+        return model
+
+    monkeypatch.setattr(type(config), "build", watched)
+    run_source(reacher, reacher.train_tasks[0], config, seed=0)
+    now = after["model"].policy.state_dict()
+    still = {name for name in before if torch.equal(before[name], now[name])}
+    assert not still, still
+
+
+def test_tasks_have_dice_of_their_own(reacher):
+    """One seed for all tasks would give all the same exploration noise, which a model then learns by heart."""
+    first, second = (run_source(reacher, task, PPO, seed=0)[0]["actions"][:50] for task in reacher.train_tasks[:2])
+    # independent clipped noise: the mean squared difference is twice the variance, about 2 × 0.2
+    assert np.mean((first - second) ** 2) > 0.1
+    assert _dice(reacher.train_tasks[0], 0) != _dice(reacher.train_tasks[0], 1)
+
+
+def test_a_source_tells_how_far_it_is(reacher):
+    told = []
+    run_source(reacher, reacher.train_tasks[0], PPO, seed=0, on_steps=told.append)
+    assert told == [0, 100]  # before each of the two rollouts of 2 × 50 steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (PPOConfig, {"steps": 0}, "steps=0 must be at least 1"),
+        (PPOConfig, {"streams": 17}, "streams=17 exceeds n_envs=16"),
+        (PPOConfig, {"batch_size": 300}, "batch_size=300 must divide n_envs . n_steps = 800"),
+        (PPOConfig, {"learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
+        (PPOConfig, {"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
+        (PPOConfig, {"gamma": 1.5}, "gamma=1.5 must be from 0 to 1"),
+        (PPOConfig, {"log_std_init": float("inf")}, "log_std_init=inf must be a finite number"),
+        (SACConfig, {"updates": 0}, "updates=0 must be at least 1"),
+        (SACConfig, {"tau": -0.1}, "tau=-0.1 must be from 0 to 1"),
+        (SACConfig, {"streams": 5}, "streams=5 exceeds n_envs=4"),
+        (SACConfig, {"steps": 400}, "learning_starts=500 must be from 0 to below steps=400"),
+        (DroQConfig, {"dropout": 1.0}, "dropout=1.0 must be from 0 to below 1"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**changes)
+
+
+def droq(reacher, **changes) -> DroQ:
+    options = DROQ._options(seed=0) | changes
+    return DroQ(TaskVector(reacher, reacher.train_tasks[:2], seed=0), **options)
+
+
+def test_droq_critics_are_regularised_and_no_other_network(reacher):
+    model = droq(reacher, dropout=0.3)
+    layer = ["Linear", "Dropout", "LayerNorm", "ReLU"]
+    for critic in (model.critic, model.critic_target):
+        for network in critic.q_networks:
+            assert [type(m).__name__ for m in network] == [*layer, *layer, "Linear"]
+            assert {m.p for m in network if isinstance(m, torch.nn.Dropout)} == {0.3}
+        assert set(critic.parameters()) == {p for network in critic.q_networks for p in network.parameters()}
+    assert not any(isinstance(m, torch.nn.Dropout | torch.nn.LayerNorm) for m in model.actor.modules())
+    assert len(model.critic.optimizer.param_groups[0]["params"]) == len(list(model.critic.parameters()))
+    for one, two in zip(model.critic.parameters(), model.critic_target.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_droq_updates_the_policy_once_and_the_critics_every_time(reacher):
+    model = droq(reacher)
+    model.learn(160)
+    counted = {"actor": 0, "critic": 0}
+    for name in counted:
+        optimizer = getattr(model, name).optimizer
+        step = optimizer.step
+
+        def count(*args, name=name, step=step, **kwargs):
+            counted[name] += 1
+            return step(*args, **kwargs)
+
+        optimizer.step = count
+    model.train(gradient_steps=20, batch_size=16)
+    assert counted == {"actor": 1, "critic": 20}
+
+
+def test_droq_keeps_dropout_in_the_target(reacher):
+    """The same input twice gives two values; stable-baselines3 keeps its targets in evaluation mode."""
+    model = droq(reacher, dropout=0.5)
+    model.learn(160)
+    model.train(gradient_steps=1, batch_size=16)
+    observations, actions = torch.ones(4, 8), torch.zeros(4, 2)
+    with torch.no_grad():
+        one, two = (torch.cat(model.critic_target(observations, actions)) for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+def test_droq_critic_update_by_hand(reacher):
+    """Without dropout, one update's target is r + γ (1 - d) (min Q' - α log π), and the target moves by τ."""
+    model = droq(reacher, dropout=0.0, tau=0.25)
+    rows = {"observations": 8, "actions": 2, "next_observations": 8, "next_actions": 2, "rewards": 1, "dones": 1}
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.randn(5, size, generator=generator) for name, size in rows.items()}
+    batch["dones"] = (batch["dones"] > 0).float()
+    cost = torch.full((5, 1), 0.7)
+    with torch.no_grad():
+        smaller = torch.minimum(*model.critic_target(batch["next_observations"], batch["next_actions"]))
+        target = batch["rewards"] + model.gamma * (1 - batch["dones"]) * (smaller - 0.7)
+    values = model.critic(batch["observations"], batch["actions"])
+    loss = sum(0.5 * (value - target).pow(2).mean() for value in values)
+    expected = torch.autograd.grad(loss, list(model.critic.parameters()))
+    before = [p.clone() for p in model.critic_target.parameters()]
+    model._update_critics(*batch.values(), cost)
+    for p, gradient in zip(model.critic.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-6)  # sums of 5 × 64 float32 products
+    for p, old, new in zip(model.critic_target.parameters(), before, model.critic.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.75 * old + 0.25 * new)
+
+
+@pytest.mark.parametrize("name", vectors._ENVPOOL)
+def test_envpool_steps_as_gymnasium_does(name):
+    """From the same starts, twenty random actions lead to the same observations and rewards."""
+    assert vectors.disagreement(name) < 1e-9
+    assert vectors.simulator(name) == "envpool"
+
+
+def test_a_family_that_envpool_steps_otherwise_is_left_to_gymnasium(monkeypatch):
+    assert vectors.simulator("ant-dir") == "gymnasium"
+    monkeypatch.setattr(vectors, "disagreement", lambda name: 2e-5)
+    assert vectors.simulator.__wrapped__("reacher-goal") == "gymnasium"
+    monkeypatch.setattr(vectors.importlib.util, "find_spec", lambda name: None)
+    assert vectors.simulator.__wrapped__("half-cheetah-vel") == "gymnasium"
+
+
+@pytest.mark.parametrize("kind", [vectors._Gymnasium, vectors._EnvPool])
+@pytest.mark.parametrize("name", ["reacher-goal", "pusher-goal", "half-cheetah-vel"])
+def test_rewards_and_ends_in_a_vector(name, kind, monkeypatch):
+    """Rewards follow each environment's own goal; an episode lasts the horizon, and its last observation is kept."""
+    family = adbook.family(name)
+    monkeypatch.setitem(vectors._SIMULATORS, vectors.simulator(name), kind)
+    tasks = family.train_tasks[:2]
+    vector = TaskVector(family, tasks, seed=1, capacity=family.horizon + 1)
+    first = vector.reset()
+    for t in range(family.horizon + 1):
+        following, rewards, done, infos = vector.step(np.zeros((2, family.action_size), np.float32))
+        assert done.tolist() == [t == family.horizon - 1] * 2
+        if done.all():
+            last, after = np.stack([info["terminal_observation"] for info in infos]), following
+            assert all(info["TimeLimit.truncated"] for info in infos)
+    assert rewards[0] != rewards[1]
+    one, two = vector.streams(2)
+    np.testing.assert_array_equal(one["observations"][0], first[0])
+    np.testing.assert_array_equal(two["next_observations"][-1], last[1])
+    assert not np.allclose(last, after)  # what an algorithm sees next is another episode
+    assert len(one["rewards"]) == family.horizon  # cut after the last finished episode
+    vector.close()
+
+
+def test_a_vector_that_never_ended_an_episode_has_no_stream(reacher):
+    vector = TaskVector(reacher, reacher.train_tasks[:1], seed=0, capacity=3)
+    vector.reset()
+    vector.step(np.zeros((1, 2)))
+    assert all(len(values) == 0 for values in vector.streams(1)[0].values())
+
+
+def test_replaying_the_recorded_actions_gives_the_recorded_stream(reacher, monkeypatch):
     """Nothing was lost, reordered or changed between the simulator and the record."""
-    family, recorded = streams
-    env = family.make(family.train_tasks[0])
-    stream = recorded[1]
-    observation, _ = env.reset(
-        seed=_dice(family.train_tasks[0], 3) + 1
-    )  # stable-baselines3 adds the environment's number
+    monkeypatch.setitem(vectors._SIMULATORS, vectors.simulator("reacher-goal"), vectors._Gymnasium)
+    stream = run_source(reacher, reacher.train_tasks[0], PPO, seed=3)[1]
+    env = reacher.make(reacher.train_tasks[0])
+    seeds = np.random.SeedSequence(_dice(reacher.train_tasks[0], 3)).generate_state(2)
+    observation, _ = env.reset(seed=int(seeds[1]))
     for t, action in enumerate(stream["actions"]):
         np.testing.assert_array_equal(stream["observations"][t], observation.astype(np.float32))
         observation, reward, _, truncated, _ = env.step(action)
@@ -99,39 +237,18 @@ def test_replaying_the_recorded_actions_gives_the_recorded_stream(streams):
     env.close()
 
 
-def test_the_seed_fixes_a_run(streams):
-    family, first = streams
-    again, other = (run_ppo(family, family.train_tasks[0], TINY, seed=seed) for seed in (3, 4))
-    for one, two in zip(first, again, strict=True):
-        assert all(np.array_equal(one[name], two[name]) for name in one)
-    assert not np.array_equal(first[0]["actions"], other[0]["actions"])
-
-
-def test_steps_are_rounded_up_to_whole_updates_and_streams_may_be_fewer():
-    family = adbook.family("reacher-goal")
-    config = PPOConfig(steps=101, n_envs=2, streams=1, n_steps=50, batch_size=100, n_epochs=1)
-    (stream,) = run_ppo(family, family.train_tasks[0], config, seed=0)
-    assert len(stream["rewards"]) == 100  # two updates of 100 steps, half of them in the recorded environment
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"n_epochs": -1}, "n_epochs=-1 must be at least 1"),
-        ({"streams": 17}, "streams=17 exceeds n_envs=16"),
-        ({"batch_size": 300}, r"batch_size=300 must divide n_envs \* n_steps = 800"),
-    ],
-)
-def test_settings_that_cannot_run_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        PPOConfig(**changes)
-
-
-def test_every_task_has_dice_of_its_own():
-    """One seed for all tasks would give all the same exploration noise, which a model then learns by heart."""
-    family = adbook.family("reacher-goal")
-    config = PPOConfig(steps=200, n_envs=2, streams=1, n_steps=50, batch_size=100, n_epochs=1)
-    first, second = (run_ppo(family, task, config, seed=0)[0]["actions"][:50] for task in family.train_tasks[:2])
-    # independent clipped noise: the mean squared difference is twice the variance, about 2 × 0.2
-    assert np.mean((first - second) ** 2) > 0.1
+def test_an_early_end_is_told_apart_from_the_horizon():
+    """Ant falls over: terminated, not truncated, and the value of what follows is not added to its reward."""
+    family = adbook.family("ant-dir")
+    vector = TaskVector(family, family.train_tasks[:2], seed=0, capacity=200)
+    vector.reset()
+    rng = np.random.default_rng(0)
+    ended = []
+    for _ in range(200):
+        _, _, done, infos = vector.step(rng.uniform(-1, 1, (2, 8)).astype(np.float32))
+        ended += [info["TimeLimit.truncated"] for info, d in zip(infos, done, strict=True) if d]
+    streams = vector.streams(2)
+    assert sum(s["terminated"].sum() for s in streams) == ended.count(False)
+    assert sum(s["truncated"].sum() for s in streams) == ended.count(True)
+    assert ended.count(False) >= 1
+    vector.close()

@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adbook.histories import LearningHistory, WindowConfig, Windows
+from adbook.histories import LearningHistory
 from adbook.mamba import MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig
 from adbook.training import TrainingConfig, train
 from adbook.transformer import TransformerConfig
+from adbook.windows import WindowConfig, Windows
 
 BACKBONES = {
     "mamba": MambaConfig(d_model=16, n_layers=1, d_state=4),
@@ -249,7 +250,8 @@ for name in ("gymnasium", "mujoco", "stable_baselines3"):
     sys.modules[name] = None  # importing it raises
 import torch
 from adbook import histories, mamba, policy, training, transformer
-windows = histories.Windows(histories.load_histories(sys.argv[1]), histories.WindowConfig(2, 3), horizon=3)
+from adbook.windows import WindowConfig, Windows
+windows = Windows(histories.read_histories(sys.argv[1]), WindowConfig(2, 3), horizon=3)
 for backbone in (mamba.MambaConfig(16, 1), transformer.TransformerConfig(16, 1, 2)):
     trained = policy.ADPolicy(policy.PolicyConfig(3, 2, backbone=backbone))
     log = training.train(trained, windows, training.TrainingConfig(updates=2, batch_size=2, warmup=1), progress=False)

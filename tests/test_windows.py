@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_histories import make_history
 
-from adbook.histories import WindowConfig, Windows, window_returns
+from adbook.windows import WindowConfig, Windows, window_returns
 
 
 def cut(histories, n=400, seed=0, horizon=3, **config):

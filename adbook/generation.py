@@ -1,0 +1,218 @@
+"""Generate learning histories: many source runs, in parallel, on one machine or a cluster, and never twice.
+
+A run's file has a name that is a hash of all that shapes it, and appears in one step when its run has ended. So a call
+that was stopped, or killed, goes on where it was, and several calls on one folder share the work.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from filelock import FileLock, Timeout
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+from adbook.files import content_hash, remove_leftovers
+from adbook.histories import SCHEMA, LearningHistory, save_histories
+from adbook.sources import SourceConfig, run_source, source_name
+from adbook.tasks import Task, TaskFamily
+from adbook.vectors import simulator
+
+_RECORDING = 3  # raise it when the same settings and seed come to give other histories, so that none goes stale
+_LOSSES = 3  # times that a call starts again after workers were lost, before it gives up
+_one_run = threading.Lock()  # stable-baselines3 draws from global generators: two runs in one process would mix
+
+
+def record(
+    family: TaskFamily,
+    tasks: Sequence[Task],
+    config: SourceConfig,
+    *,
+    seeds: Iterable[int] = (0,),
+    folder: str | os.PathLike = "runs/histories",
+    n_jobs: int = -1,
+    progress: bool = True,
+) -> list[Path]:
+    """Run the source algorithm on every task with every seed, and store one file a run.
+
+    Runs are independent and go through joblib, one process a core by default. On a cluster, call it under
+    `joblib.parallel_config("ray")` or `("dask")`; `folder` must then be one that every worker sees. The same seed gives
+    the same history, whatever the backend and the number of workers. Runs whose worker dies are started again.
+
+    Args:
+        family: makes the environments.
+        tasks: the tasks to learn.
+        config: the source algorithm and its settings.
+        seeds: seeds of the source runs, one run a task and seed.
+        folder: where the files go.
+        n_jobs: processes; -1 for one a core.
+        progress: show a bar with runs done, environment steps a second and time left.
+
+    Returns:
+        The files, task by task and seed by seed; each holds `config.streams` histories.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; finished files are intact.
+        RuntimeError: workers were lost again and again without a run having finished in between.
+    """
+    seeds = tuple(seeds)
+    paths = run_paths(family, tasks, config, seeds=seeds, folder=folder)
+    runs = dict(zip(paths, [(task, seed) for task in tasks for seed in seeds], strict=True))
+    unfinished = [path for path in paths if not path.exists()]
+    if not unfinished:
+        return paths
+    _check_writable(unfinished[0].parent)
+    wait, losses = False, 0
+    with _bar(f"{family.name} {source_name(config)}", unfinished, config.steps, show=progress):
+        while missing := [path for path in unfinished if not path.exists()]:
+            jobs = (delayed(_record_run)(family, *runs[path], config, path, wait) for path in missing)
+            try:
+                Parallel(n_jobs=n_jobs)(jobs)
+                wait = True  # what is missing now, another process is making: wait for it, or for its end
+            except _lost_worker_errors() as error:
+                losses = 1 if any(path.exists() for path in missing) else losses + 1
+                if losses == _LOSSES:
+                    raise RuntimeError(
+                        f"workers died {losses} times, and none of {len(missing)} runs was finished ({error!r}); if "
+                        "memory is short, lower n_jobs; the same call goes on where it stopped"
+                    ) from error
+    return paths
+
+
+def run_paths(
+    family: TaskFamily,
+    tasks: Sequence[Task],
+    config: SourceConfig,
+    *,
+    seeds: Iterable[int] = (0,),
+    folder: str | os.PathLike = "runs/histories",
+) -> list[Path]:
+    """Return the files that `record` with the same arguments makes, whether or not they are there."""
+    seeds = tuple(seeds)
+    return [_run_path(Path(folder), family, task, config, seed) for task in tasks for seed in seeds]
+
+
+def _run_path(folder: Path, family: TaskFamily, task: Task, config: SourceConfig, seed: int) -> Path:
+    source = source_name(config)
+    name = content_hash(SCHEMA, _RECORDING, family.split, asdict(task), source, asdict(config), seed)
+    return folder / family.name / f"{source.lower()}-{task.split}-{task.index:03d}-seed{seed}-{name}.safetensors"
+
+
+def _record_run(family: TaskFamily, task: Task, seed: int, config: SourceConfig, path: Path, wait: bool) -> None:
+    """Make one file, unless it is there, or another process is making it and we are not to wait."""
+    lock = path.with_name(f".{path.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _one_run, FileLock(lock, blocking=wait):
+            try:
+                if not path.exists():
+                    remove_leftovers(path)
+                    _run_and_save(family, task, seed, config, path)
+            finally:
+                _steps_file(path).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)  # who holds it or waits for it finds the run's file, and does nothing
+    except Timeout:
+        return
+
+
+def _run_and_save(family: TaskFamily, task: Task, seed: int, config: SourceConfig, path: Path) -> None:
+    packages = ["gymnasium", "mujoco", "stable-baselines3", "torch"]
+    packages += ["envpool"] * (simulator(family.name) == "envpool")
+    about = {
+        "task": asdict(task),
+        "family_split": family.split,
+        "source": source_name(config),
+        "config": asdict(config),
+        "seed": seed,
+        "simulator": simulator(family.name),
+        "versions": {name: version(name) for name in packages},
+    }
+    streams = run_source(family, task, config, seed, on_steps=_teller(_steps_file(path)))
+    save_histories(path, [LearningHistory(**s, metadata=about | {"stream": i}) for i, s in enumerate(streams)])
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before the first run, not after it, that its file cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
+def _lost_worker_errors() -> tuple[type[Exception], ...]:
+    """What the backends raise when a worker died rather than failed (Dask tries again by itself before it does)."""
+    errors = [BrokenProcessPool]
+    if "ray" in sys.modules:
+        from ray.exceptions import RayActorError, WorkerCrashedError
+
+        errors += [RayActorError, WorkerCrashedError]
+    if "distributed" in sys.modules:
+        from distributed import KilledWorker
+
+        errors.append(KilledWorker)
+    return tuple(errors)
+
+
+def _steps_file(path: Path) -> Path:
+    """Where a run in progress tells how many steps it has made, for bars in whatever process."""
+    return path.with_name(f".{path.name}.steps")
+
+
+def _teller(file: Path) -> Callable[[int], None]:
+    """A function that writes a number of steps to a file, at most once a second."""
+    told = 0.0
+
+    def tell(steps: int) -> None:
+        nonlocal told
+        if time.monotonic() > told + 1:
+            told = time.monotonic()
+            file.write_text(str(steps))
+
+    return tell
+
+
+@contextmanager
+def _bar(name: str, paths: Sequence[Path], steps: int, *, show: bool) -> Iterator[None]:
+    """Show the progress of runs of so many steps, whoever makes them, until the block ends."""
+    for path in paths:
+        _steps_file(path).unlink(missing_ok=True)  # of a process that was killed; a living one writes it again
+    # smoothing=0: the estimate is the mean speed so far, for runs end in bursts
+    bar = tqdm(total=steps * len(paths), unit="step", unit_scale=True, smoothing=0, disable=not show)
+
+    def refresh() -> None:
+        done = sum(path.exists() for path in paths)
+        bar.set_description(f"{name} {done}/{len(paths)} runs", refresh=False)
+        bar.n = max(bar.n, done * steps + sum(_steps(path) for path in paths))
+        bar.refresh()
+
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1):
+            refresh()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    with bar:
+        if show:
+            watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if show:
+                watcher.join()
+                refresh()
+
+
+def _steps(path: Path) -> int:
+    try:
+        return int(_steps_file(path).read_text() or 0)
+    except (FileNotFoundError, ValueError):  # not begun, or over, or just being written
+        return 0

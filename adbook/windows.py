@@ -1,0 +1,78 @@
+"""Context windows: what a sequence model is shown of learning histories in training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adbook.histories import LearningHistory
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """How context windows are cut: one episode in `every`, `episodes` of them, from the history's start or anywhere."""
+
+    episodes: int = 8  # kept episodes in a window
+    every: int = 10  # keep one episode in so many
+    span: bool = True  # start at the history's start, so that a window shows the whole improvement; else anywhere
+
+    def __post_init__(self):
+        """Refuse settings that cannot be cut."""
+        if self.episodes < 1 or self.every < 1:
+            raise ValueError(f"episodes={self.episodes} and every={self.every} must both be at least 1")
+
+
+class Windows:
+    """Draws training windows from histories: whole kept episodes, side by side, cut or padded to one length.
+
+    The phase of the downsampling is random, so that every episode is used and no two epochs see the same windows.
+    """
+
+    def __init__(self, histories: Sequence[LearningHistory], config: WindowConfig, horizon: int):
+        """Prepare to draw from `histories`; `horizon` is the most steps an episode can have.
+
+        Raises:
+            ValueError: no history was given, or one is too short for the context.
+        """
+        if not histories:
+            raise ValueError("no history was given; record some with adbook.generation.record")
+        self.config, self.length = config, config.episodes * horizon
+        needed = config.episodes * config.every
+        self._episodes = [history.episodes for history in histories]
+        for history, episodes in zip(histories, self._episodes, strict=True):
+            if len(episodes) < needed:
+                raise ValueError(
+                    f"a context of {config.episodes} episodes, one in {config.every}, needs {needed} episodes, but "
+                    f"{history!r} has {len(episodes)}; lower episodes or every, or record longer histories"
+                )
+        self.histories = list(histories)
+
+    def sample(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Draw `n` windows of length `L = episodes * horizon`.
+
+        Returns:
+            observations (n, L, O), actions (n, L, A) and rewards (n, L) float32; starts (n, L) bool, first step of an
+            episode; valid (n, L) bool, False for padding behind windows with short episodes.
+        """
+        picked = [self._one(int(i), rng) for i in rng.integers(len(self.histories), size=n)]
+        return {name: np.stack([window[name] for window in picked]) for name in picked[0]}
+
+    def _one(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        config, episodes, history = self.config, self._episodes[i], self.histories[i]
+        kept = episodes[int(rng.integers(config.every)) :: config.every]
+        first = 0 if config.span else int(rng.integers(len(kept) - config.episodes + 1))
+        chosen = kept[first : first + config.episodes]
+        index = np.concatenate([np.arange(e.start, e.stop) for e in chosen])
+        starts = np.zeros(self.length, bool)
+        starts[np.cumsum([0, *(e.stop - e.start for e in chosen[:-1])])] = True
+        valid = np.arange(self.length) < len(index)
+        index = np.pad(index, (0, self.length - len(index)), mode="edge")
+        fields = {name: getattr(history, name)[index] for name in ("observations", "actions", "rewards")}
+        return fields | {"starts": starts, "valid": valid}
+
+
+def window_returns(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Return of every episode in windows that `Windows.sample` drew: (n, episodes)."""
+    episode = batch["starts"].cumsum(axis=1) - 1  # (n, L)
+    rewards = np.where(batch["valid"], batch["rewards"], 0)
+    return np.stack([np.bincount(e, r) for e, r in zip(episode, rewards, strict=True)])

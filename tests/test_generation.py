@@ -1,0 +1,316 @@
+"""Generating histories: nothing twice, nothing half, the same everywhere, and on again after whatever stopped it."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import psutil
+import pytest
+from test_histories import ARRAYS, TINY, assert_equal, make_history
+
+import adbook
+from adbook import generation
+from adbook.generation import record, run_paths
+from adbook.histories import LearningHistory, read_histories
+from adbook.sources import DroQConfig, PPOConfig, SACConfig
+
+CONFIGS = (
+    PPOConfig(steps=400, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1),
+    SACConfig(steps=200, n_envs=2, streams=1, learning_starts=50, batch_size=16),
+    DroQConfig(steps=100, learning_starts=50, batch_size=16, updates=2),
+)
+FAMILY = adbook.family("reacher-goal")
+
+
+@pytest.fixture
+def toy_source(monkeypatch):
+    """A source that costs nothing; returns the list of (task index, seed) it was asked for."""
+    asked = []
+
+    def run(family, task, config, seed, on_steps):
+        asked.append((task.index, seed))
+        history = make_history(number=100 * task.index + seed)
+        return [{name: getattr(history, name) for name in ARRAYS}]
+
+    monkeypatch.setattr(generation, "run_source", run)
+    return asked
+
+
+def record_toy(folder):
+    return record(FAMILY, FAMILY.train_tasks[:3], TINY, seeds=(0, 5), folder=folder, n_jobs=1, progress=False)
+
+
+def files(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_recording_makes_a_file_a_task_and_seed_in_order(tmp_path, toy_source):
+    paths = record_toy(tmp_path)
+    assert toy_source == [(0, 0), (0, 5), (1, 0), (1, 5), (2, 0), (2, 5)]
+    numbers = [LearningHistory.load(path).observations[0, 2] for path in paths]
+    assert numbers == [0, 5, 100, 105, 200, 205]
+    about = LearningHistory.load(paths[3]).metadata
+    assert (about["task"]["index"], about["seed"], about["config"]["steps"]) == (1, 5, 100)
+    assert (about["source"], about["simulator"]) == ("PPO", "envpool")
+    assert {"gymnasium", "mujoco", "torch", "envpool"} <= set(about["versions"])
+    assert files(tmp_path) == sorted(path.name for path in paths)
+
+
+def test_only_a_missing_history_is_made_again(tmp_path, toy_source):
+    paths = record_toy(tmp_path)
+    toy_source.clear()
+    paths[2].unlink()
+    before = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
+    assert record_toy(tmp_path) == paths
+    assert toy_source == [(1, 0)]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    toy_source.clear()
+    record_toy(tmp_path)
+    assert toy_source == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError("the simulation diverged")])
+def test_a_stopped_recording_goes_on_where_it_stopped(tmp_path, toy_source, monkeypatch, stop):
+    plain = generation.run_source
+
+    def stopped(family, task, config, seed, on_steps):
+        if (task.index, seed) == (1, 5):
+            raise stop
+        return plain(family, task, config, seed, on_steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "run_source", stopped)
+        with pytest.raises(stop if isinstance(stop, type) else type(stop)):
+            record_toy(tmp_path)
+    assert len(files(tmp_path)) == 3  # the finished runs, no temporary file, no lock
+    toy_source.clear()
+    assert all(path.exists() for path in record_toy(tmp_path))
+    assert toy_source == [(1, 5), (2, 0), (2, 5)]
+
+
+def test_another_setting_is_another_file(tmp_path):
+    ant, macaw = adbook.family("ant-dir"), adbook.family("ant-dir", split="macaw")
+
+    def path(family=ant, task=ant.train_tasks[0], config=TINY, seed=0):
+        return run_paths(family, [task], config, seeds=[seed], folder=tmp_path)[0]
+
+    other = PPOConfig(steps=100, n_envs=1, streams=1, n_steps=50, batch_size=50, n_epochs=1, gamma=0.9)
+    paths = {path(), path(seed=1), path(config=other), path(task=ant.train_tasks[1]), path(macaw)}
+    paths |= {path(config=SACConfig()), path(config=DroQConfig())}
+    assert len(paths) == 7
+    assert path() in paths
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_run(tmp_path, toy_source):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        record_toy(tmp_path / "file")
+    assert toy_source == []
+
+
+def test_what_killed_processes_left_is_taken_away(tmp_path, toy_source):
+    first = run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path)[0]
+    first.parent.mkdir(parents=True)
+    for name in (f".{first.name}.0a1b2c3d.tmp", f".{first.name}.lock", f".{first.name}.steps"):
+        (first.parent / name).write_bytes(b"17")
+    paths = record_toy(tmp_path)
+    assert files(tmp_path) == sorted(path.name for path in paths)
+
+
+PROGRAM = """
+import sys
+import adbook
+from adbook.generation import record
+from test_generation import CONFIGS, FAMILY
+record(FAMILY, FAMILY.train_tasks[:int(sys.argv[2])], CONFIGS[0], folder=sys.argv[1], n_jobs=int(sys.argv[3]))
+"""
+
+
+def start(folder, tasks, n_jobs=1, **options) -> subprocess.Popen:
+    """Record in a process of its own, which leads its process group."""
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(tasks), str(n_jobs)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes, **options)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes: six runs, two of each source."""
+    folder = tmp_path_factory.mktemp("alone")
+    return record_all(folder, n_jobs=1)
+
+
+def record_all(folder, n_jobs=-1):
+    tasks = FAMILY.train_tasks[:2]
+    return [
+        p for config in CONFIGS for p in record(FAMILY, tasks, config, folder=folder, n_jobs=n_jobs, progress=False)
+    ]
+
+
+def assert_same_histories(paths, others):
+    assert [path.name for path in paths] == [path.name for path in others]
+    for path, other in zip(paths, others, strict=True):
+        for one, two in zip(read_histories(path), read_histories(other), strict=True):
+            assert_equal(one, two)
+
+
+def test_two_workers_make_what_one_makes(alone, tmp_path):
+    assert_same_histories(alone, record_all(tmp_path, n_jobs=2))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the cluster's own, about its dashboard, its pools and its forks
+def test_dask_makes_the_same(alone, tmp_path):
+    from distributed import Client, LocalCluster
+
+    local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with LocalCluster(**local) as cluster, Client(cluster), joblib.parallel_config("dask"):
+        made = record_all(tmp_path)
+    assert_same_histories(alone, made)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ray_makes_the_same(alone, tmp_path, monkeypatch):
+    import ray
+    from ray.util.joblib import register_ray
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray lets its workers give way to everything else
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    register_ray()
+    try:
+        with joblib.parallel_config("ray"):
+            made = record_all(tmp_path)
+    finally:
+        ray.shutdown()
+    assert_same_histories(alone, made)
+
+
+def test_threads_of_one_process_do_not_mix_their_dice(alone, tmp_path):
+    with joblib.parallel_config("threading"):
+        assert_same_histories(alone, record_all(tmp_path, n_jobs=2))
+
+
+def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
+    paths = run_paths(FAMILY, FAMILY.train_tasks[:4], CONFIGS[0], folder=tmp_path)
+    process = start(tmp_path, tasks=4)
+    wait_for(paths[0].exists)
+    wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)) or all(p.exists() for p in paths))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.read_bytes() for path in paths if path.exists()}
+    for path in finished:
+        assert len(read_histories(path)) == 2
+    again = start(tmp_path, tasks=4)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert f"{4 - len(finished)}/{4 - len(finished)} runs" in output
+    assert {path: path.read_bytes() for path in finished} == finished
+    assert files(tmp_path) == sorted(path.name for path in paths)
+
+
+def test_two_processes_share_the_work(tmp_path):
+    processes = [start(tmp_path, tasks=6) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    paths = run_paths(FAMILY, FAMILY.train_tasks[:6], CONFIGS[0], folder=tmp_path)
+    assert files(tmp_path) == sorted(path.name for path in paths)
+    assert all(len(read_histories(path)) == 2 for path in paths)
+
+
+def test_a_run_that_another_process_is_making_is_waited_for(tmp_path, toy_source):
+    """And is not made twice: when the other has finished, its file is taken."""
+    path = run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path)[0]
+    path.parent.mkdir(parents=True)
+    program = f"""
+import time
+from pathlib import Path
+from filelock import FileLock
+with FileLock({str(path.with_name(f".{path.name}.lock"))!r}):
+    print("locked", flush=True)
+    time.sleep(1)
+    Path({str(path)!r}).write_bytes(b"the other's")
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        record(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path, n_jobs=1, progress=False)
+    assert path.read_bytes() == b"the other's"
+    assert toy_source == []
+
+
+def test_a_lost_worker_is_replaced(tmp_path):
+    process = start(tmp_path, tasks=4, n_jobs=2)
+    paths = run_paths(FAMILY, FAMILY.train_tasks[:4], CONFIGS[0], folder=tmp_path)
+
+    def workers():
+        lines = ((child, " ".join(child.cmdline())) for child in psutil.Process(process.pid).children(recursive=True))
+        return [child for child, line in lines if "loky.backend.popen_loky" in line]
+
+    wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)) and workers())
+    workers()[0].kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert files(tmp_path) == sorted(path.name for path in paths)
+
+
+def test_workers_that_die_again_and_again_end_it(tmp_path, monkeypatch):
+    def lost(*args, **kwargs):
+        raise generation.BrokenProcessPool("killed")
+
+    monkeypatch.setattr(generation, "_record_run", lost)
+    with pytest.raises(RuntimeError, match=r"workers died 3 times, and none of 6 runs was finished.*lower n_jobs"):
+        record_toy(tmp_path)
+
+
+def test_a_full_disk_ends_with_a_clear_message_and_intact_files(tmp_path):
+    whole = record(FAMILY, FAMILY.train_tasks[:1], CONFIGS[0], folder=tmp_path, n_jobs=1, progress=False)
+    before = whole[0].read_bytes()
+    small = len(before) // 2  # no file may be larger: the system refuses the write as it does on a full disk
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))}
+    process = start(tmp_path, tasks=2, **limit)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert re.search(r"no space left to write .*train-001.*what was finished before is intact: free some", output), (
+        output
+    )
+    assert files(tmp_path) == [whole[0].name]
+    assert whole[0].read_bytes() == before
+
+
+def test_the_bar_counts_runs_and_steps_whoever_makes_them(tmp_path, toy_source, capsys):
+    record(FAMILY, FAMILY.train_tasks[:2], TINY, folder=tmp_path, n_jobs=1)
+    shown = capsys.readouterr().err
+    assert "reacher-goal PPO 2/2 runs" in shown
+    assert "200/200" in shown
+    record(FAMILY, FAMILY.train_tasks[:2], TINY, folder=tmp_path, n_jobs=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_in_progress_is_part_of_the_bar(tmp_path):
+    path = tmp_path / "run.safetensors"
+    tell = generation._teller(generation._steps_file(path))
+    assert generation._steps(path) == 0
+    tell(40)
+    tell(50)  # within the same second: not written
+    assert generation._steps(path) == 40
+    generation._steps_file(path).write_text("")  # just being written
+    assert generation._steps(path) == 0
+
+
+def test_histories_of_one_run_differ(alone):
+    one, two = read_histories(alone[0])
+    assert not np.array_equal(one.actions, two.actions)
+    assert (one.metadata["stream"], two.metadata["stream"]) == (0, 1)
