@@ -15,6 +15,8 @@ _MODULES = {
     "TaskFamily": "tasks",
     "FAMILIES": "tasks",
     "LearningHistory": "histories",
+    "load_histories": "datasets",
+    "Oracle": "oracle",
     "selective_scan": "scan",
     "Mamba": "mamba",
     "MambaConfig": "mamba",

@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"adbook: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -29,6 +29,37 @@ def book(options: argparse.Namespace) -> None:
         sys.exit(f"\nadbook: {error}")
     print(f"\nThe book is at {(site / 'index.html').as_uri()}")
     print(f"To serve it: {sys.executable} -m http.server --directory {site}")
+
+
+def histories(options: argparse.Namespace) -> None:
+    """Record the learning histories of a source on a family, and put them into the data set."""
+    from adbook import experiments
+    from adbook.recipes import follow, recipe
+
+    recipe(options.family, options.source)  # refuses what it does not know, before any run
+    for split in options.split:
+        made, limits = experiments.provenance(), {"tasks": options.tasks, "n_jobs": options.jobs}
+        path = follow(options.family, options.source, split, folder=experiments.RUNS / "histories", made=made, **limits)
+        print(path or f"recorded {options.tasks} {split} tasks; the data set needs all of them")
+
+
+def oracle(options: argparse.Namespace) -> None:
+    """Train the expert of a family that is shown the goal."""
+    from adbook import experiments, recipes
+    from adbook.oracle import FOLDER, train_oracle
+    from adbook.tasks import family
+
+    config = recipes.oracle_config(options.family)
+    trained = train_oracle(family(options.family), config, options.seed)
+    trained.about |= {"made": experiments.provenance()}
+    print(trained.save(FOLDER / f"{options.family}.safetensors"))
+
+
+def sources(options: argparse.Namespace) -> None:
+    """Score every source of the data set between random actions and the oracle, and write the numbers."""
+    from adbook.results import save_result, source_scores
+
+    print(save_result("sources", source_scores()))
 
 
 def results(options: argparse.Namespace) -> None:
@@ -89,9 +120,22 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if run is ablations:
             command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
+    command = commands.add_parser("histories", help=histories.__doc__, description=histories.__doc__)
+    command.add_argument("--family", required=True, help="a task family")
+    command.add_argument("--source", help="ppo, sac or droq (default: the one that serves the family best)")
+    command.add_argument("--split", nargs="+", default=["train", "test"], help="train, test or both (the default)")
+    command.add_argument("--tasks", type=int, help="record only the first so many, and leave the data set alone")
+    command.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    command.set_defaults(run=histories)
+    command = commands.add_parser("oracle", help=oracle.__doc__, description=oracle.__doc__)
+    command.add_argument("--family", required=True, help="a task family")
+    command.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    command.set_defaults(run=oracle)
+    command = commands.add_parser("sources", help=sources.__doc__, description=sources.__doc__)
+    command.set_defaults(run=sources)
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
     command.add_argument(
-        "names", nargs="*", metavar="NAME", help="scan, training, rollout, sources or player (default: all)"
+        "names", nargs="*", metavar="NAME", help="scan, training, rollout, sources, droq or player (default: all)"
     )
     command.set_defaults(run=bench)
     command = commands.add_parser("pictures", help=pictures.__doc__, description=pictures.__doc__)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from adbook.bench_player import bench_player
 from adbook.bench_scan import bench_scan, mambapy_scan
+from adbook.bench_sources import bench_droq, bench_sources
 from adbook.experiments import evaluate, profile
 from adbook.mamba import Mamba, MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig, PolicyState
-from adbook.sources import run_source
 
 BATCH, LENGTH = 20, 400  # the laptop profile's batches: 8 episodes of 50 steps on 20 tasks
 
@@ -77,19 +77,12 @@ def bench_rollout(episodes: int = 40) -> dict[str, float | int]:
     return {"episode_2_ms": early, "last_episode_ms": late, "ratio": late / early, "peak_growth_mib": growth}
 
 
-def bench_sources() -> dict[str, float | int]:
-    """Measure environment steps a second of one PPO run on one core, updates and recording included."""
-    settings = profile("laptop")
-    start = time.perf_counter()
-    run_source(settings.family, settings.train_tasks[0], settings.source, seed=0)
-    return {"steps_per_second": settings.source.steps / (time.perf_counter() - start), "cores": 1}
-
-
 BENCHMARKS = {
     "scan": bench_scan,
     "training": bench_training,
     "rollout": bench_rollout,
     "sources": bench_sources,
+    "droq": bench_droq,
     "player": bench_player,
 }
 

@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ def load_histories(
         FileNotFoundError: the data set does not have this combination; the message lists what it has.
         HistoryFileError: the file is damaged, foreign or of another schema version.
     """
-    _check("task family", family, BEST)
+    check_known("task family", family, BEST)
     source = BEST[family] if source is None else source.lower()
-    _check("source", source, ("ppo", "sac", "droq"))
-    _check("split", split, SPLITS)
+    check_known("source", source, ("ppo", "sac", "droq"))
+    check_known("split", split, SPLITS)
     path = data_path(family, source, split, folder)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.npz"))
@@ -71,7 +71,8 @@ def data_path(family: str, source: str, split: str, folder: str | os.PathLike = 
     return Path(folder) / family / f"{source}-{split}.npz"
 
 
-def _check(what: str, value: str, known: Sequence[str]) -> None:
+def check_known(what: str, value: str, known: Collection[str]) -> None:
+    """Raise ValueError if `value` is none of the `known` names, with the closest one and the list of them."""
     if value not in known:
         close = get_close_matches(str(value), known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -93,8 +94,10 @@ def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> Lear
     return kept
 
 
-def write_packed(path: str | os.PathLike, histories: Sequence[LearningHistory]) -> Path:
-    """Write histories into one compressed file, rounded to half precision.
+def write_packed(
+    path: str | os.PathLike, histories: Sequence[LearningHistory], made: dict[str, Any] | None = None
+) -> Path:
+    """Write histories into one compressed file, rounded to half precision; `made` says where and when, in JSON.
 
     Raises:
         ValueError: no history, or a value too large for half precision (65,504).
@@ -110,7 +113,7 @@ def write_packed(path: str | os.PathLike, histories: Sequence[LearningHistory]) 
     stored["lengths"] = np.concatenate([np.diff(np.flatnonzero(e), prepend=-1) for e in ends]).astype(np.uint16)  # (K,)
     stored["terminated"] = np.concatenate([h.terminated[e] for h, e in zip(histories, ends, strict=True)])  # (K,)
     stored["episodes"] = np.array([e.sum() for e in ends], np.uint16)  # (H,)
-    about = {"kind": _KIND, "schema": SCHEMA, "histories": [h.metadata for h in histories]}
+    about = {"kind": _KIND, "schema": SCHEMA, "made": made or {}, "histories": [h.metadata for h in histories]}
     stored["json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     return write_whole(path, lambda file: _savez(file, stored))
 

@@ -2,6 +2,7 @@
 
     python -m adbook results      three training seeds on the held-out tasks, with controls
     python -m adbook ablations    one factor at a time, three seeds each, trained for a shorter time
+    python -m adbook sources      the source algorithms' ends, between random actions and the oracle
 
 Each file holds the settings, the seeds, the commit, the machine and the date beside the raw returns; every figure and
 number in the book is drawn from these files or made on the page.
@@ -10,17 +11,23 @@ number in the book is drawn from these files or made on the page.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from adbook import experiments
+from adbook import experiments, metrics
+from adbook.datasets import SPLITS, data_path, load_histories
 from adbook.experiments import Profile, References, describe, evaluate, provenance, references, trained_policy
 from adbook.files import write_whole
+from adbook.histories import LearningHistory
+from adbook.oracle import Oracle
 from adbook.policy import ADPolicy
+from adbook.recipes import RECIPES
+from adbook.rollout import RandomPolicy, rollout
+from adbook.tasks import family
 from adbook.transformer import TransformerConfig
 from adbook.windows import WindowConfig
 
@@ -71,6 +78,56 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
         rows.append({"factor": factor, "value": value, "returns": returns, "minutes": minutes})
     references = _references(settings, ("test",))
     return _result(settings, updates=updates, seeds=list(seeds), variants=rows, references=references)
+
+
+def source_scores(episodes: int = 20) -> dict[str, Any]:
+    """Put the end of every source run of the data set on the line from random actions (0) to the oracle (1).
+
+    Args:
+        episodes: played on each task by random actions and by the oracle, whose actions are the means.
+
+    Returns:
+        JSON: "families" by family, each with "random" and "oracle" by split, mean returns (tasks,); "sources" by
+        source and split: "start" and "end", mean returns of a run's first and last tenth of episodes (tasks,), "score"
+        of the end (tasks,), and the "config".
+    """
+    families = {}
+    for name, recipes in RECIPES.items():
+        there = {(source, split) for source in recipes for split in SPLITS if data_path(name, source, split).is_file()}
+        if there:
+            families[name] = _family_scores(name, sorted(there), episodes)
+    return {"episodes": episodes, "families": families, "made": provenance()}
+
+
+def _family_scores(name: str, there: Sequence[tuple[str, str]], episodes: int) -> dict[str, Any]:
+    kind, oracle = family(name), Oracle.load(name)
+    uniform = RandomPolicy(kind.action_size, kind.action_scale)
+    scores: dict[str, Any] = {"random": {}, "oracle": {}, "sources": {}}
+    for split in SPLITS:
+        tasks = getattr(kind, f"{split}_tasks")[: max(getattr(RECIPES[name][s], split) for s, _ in there)]
+        plays = {"random": uniform, "oracle": oracle.show(tasks)}
+        for end, policy in plays.items():
+            played = rollout(policy, kind, tasks, episodes=episodes, deterministic=end == "oracle")
+            scores[end][split] = played.returns.mean(1)
+    for source, split in there:
+        runs = source_returns(load_histories(name, source=source, split=split))
+        start = np.array([r[:, : max(1, r.shape[1] // 10)].mean() for r in runs])
+        end = np.array([r[:, -max(1, r.shape[1] // 10) :].mean() for r in runs])
+        ends = (scores[bound][split][: len(runs)] for bound in ("random", "oracle"))
+        numbers = {"start": start, "end": end, "score": metrics.normalized_score(end, *ends)}
+        scores["sources"].setdefault(source, {"config": asdict(RECIPES[name][source].config)})[split] = numbers
+    return scores
+
+
+def source_returns(histories: Sequence[LearningHistory]) -> list[np.ndarray]:
+    """Return the episode returns of each whole source run of the data set, task by task: (streams, episodes) each.
+
+    The streams of a run are cut to the shortest: where episodes can end early, some hold more of them.
+    """
+    runs: dict[int, list[list[float]]] = {}
+    for history in histories:
+        runs.setdefault(history.metadata["task"]["index"], []).append(history.metadata["source_returns"])
+    return [np.array([r[: min(map(len, streams))] for r in streams]) for streams in runs.values()]
 
 
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:

@@ -32,6 +32,9 @@ class TaskVector(VecEnv):
 
     def __init__(self, family: TaskFamily, tasks: Sequence[Task], *, seed: int, capacity: int = 0):
         """Make one environment a task (repeat a task for copies of it) and record up to `capacity` steps of each."""
+        foreign = sorted({task.family for task in tasks} - {family.name})
+        if foreign:
+            raise ValueError(f"tasks of {', '.join(foreign)} given with family {family.name!r}; use its own")
         n_envs = len(tasks)
         self._simulator = _SIMULATORS[simulator(family.name)](family, tasks, seed)
         space = family.observation_size, family.action_size

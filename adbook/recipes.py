@@ -1,0 +1,124 @@
+"""Recipes of the data set: the settings of each source on each family, and how much of its histories is kept.
+
+The settings were tuned on training tasks until a source solves (almost) every one of them. Chapter 3 shows what they
+come to.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adbook.datasets import BEST, HISTORIES, check_known, data_path, thinned, write_packed
+from adbook.generation import record
+from adbook.histories import read_histories
+from adbook.sources import DroQConfig, PPOConfig, SACConfig, SourceConfig
+from adbook.tasks import family as task_family
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the data set holds of one source on one family."""
+
+    config: SourceConfig
+    train: int = 30  # training tasks, the first of the family's
+    test: int = 16  # test tasks
+    streams: int = 1  # of each run
+    episodes: int = 20  # of each stream, at equal distances from the first on
+
+
+# The other three want a longer view ahead than Reacher-Goal, and rewards brought to one scale.
+_FAR = PPOConfig(streams=4, n_steps=100, batch_size=400, learning_rate=1e-3, gamma=0.98, normalize=True)
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "reacher-goal": {
+        "ppo": Recipe(PPOConfig(), train=128, streams=4),
+        "sac": Recipe(SACConfig(steps=8_000), streams=2),
+        "droq": Recipe(DroQConfig(steps=3_000)),
+    },
+    "pusher-goal": {"ppo": Recipe(replace(_FAR, steps=500_000), train=40, streams=2)},
+    "half-cheetah-vel": {
+        "ppo": Recipe(replace(_FAR, steps=400_000), train=40),
+        "sac": Recipe(SACConfig(steps=40_000, n_envs=1, streams=1, batch_size=128, gamma=0.98), test=8, episodes=12),
+        "droq": Recipe(DroQConfig(steps=10_000, gamma=0.98, learning_starts=400), test=8, episodes=12),
+    },
+    "ant-dir": {"ppo": Recipe(replace(_FAR, steps=1_000_000), train=40)},
+}
+
+
+def recipe(family: str, source: str | None = None) -> Recipe:
+    """Return the recipe of a source on a family; by default that of the source that serves it best.
+
+    Raises:
+        ValueError: unknown family, or a source that the data set does not have for it.
+    """
+    check_known("task family", family, RECIPES)
+    source = BEST[family] if source is None else source.lower()
+    check_known(f"source for {family}", source, RECIPES[family])
+    return RECIPES[family][source]
+
+
+_ORACLE = PPOConfig(
+    n_envs=64, n_steps=50, batch_size=800, learning_rate=1e-3, gamma=0.98, hidden=(128, 128), normalize=True
+)
+_ORACLES = {
+    "reacher-goal": replace(_ORACLE, steps=3_000_000, gamma=0.95),
+    "pusher-goal": replace(_ORACLE, steps=5_000_000),
+    "half-cheetah-vel": replace(_ORACLE, steps=6_000_000),
+    "ant-dir": replace(_ORACLE, steps=5_000_000),
+}
+
+
+def oracle_config(family: str) -> PPOConfig:
+    """Return the settings of a family's oracle.
+
+    Raises:
+        ValueError: unknown family.
+    """
+    check_known("task family", family, _ORACLES)
+    return _ORACLES[family]
+
+
+def follow(
+    family: str,
+    source: str | None = None,
+    split: str = "train",
+    *,
+    tasks: int | None = None,
+    folder: str | Path = "runs/histories",
+    into: str | Path = HISTORIES,
+    made: dict[str, Any] | None = None,
+    n_jobs: int = -1,
+) -> Path | None:
+    """Record the histories of a recipe in full, then keep its part of them in the data set.
+
+    Args:
+        family: name of the family.
+        source: "ppo", "sac" or "droq"; by default the one that serves the family best.
+        split: "train" or "test".
+        tasks: record only so many, and leave the data set alone.
+        folder: for the whole histories.
+        into: folder of the data set.
+        made: where and when, kept in the file.
+        n_jobs: processes; -1 for one a core.
+
+    Returns:
+        The data set's file, or None if only some tasks were asked for.
+
+    Raises:
+        ValueError: as `recipe`, an unknown split, or more tasks than the recipe has.
+    """
+    chosen, kind = recipe(family, source), task_family(family)
+    check_known("split", split, ("train", "test"))
+    wanted = getattr(chosen, split)
+    if tasks is not None and not 1 <= tasks <= wanted:
+        raise ValueError(f"tasks={tasks} must be from 1 to {wanted}, the {split} tasks of this recipe")
+    members = getattr(kind, f"{split}_tasks")[: tasks or wanted]
+    paths = record(kind, members, chosen.config, folder=folder, n_jobs=n_jobs)
+    if tasks is not None:
+        return None
+    kept = [
+        thinned(history, chosen.episodes, phase=i / chosen.streams)
+        for path in paths
+        for i, history in enumerate(read_histories(path)[: chosen.streams])
+    ]
+    return write_packed(data_path(family, source or BEST[family], split, into), kept, made or {})
