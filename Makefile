@@ -7,6 +7,7 @@ PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
 READY := .venv/.ready
+SCALE := .venv/.scale
 
 # Threads that wait must not spin: they would take a core from those that work.
 export OMP_WAIT_POLICY := PASSIVE
@@ -27,7 +28,7 @@ help:
 book: $(READY)
 	@$(BIN)/python -m adbook book --profile $(PROFILE)
 
-test: $(READY)
+test: $(SCALE)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest
@@ -58,6 +59,11 @@ $(BIN)/python:
 	  echo "Install one, and name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear .venv || { rm -f $@; exit 1; }
+
+$(SCALE): requirements-scale.txt $(READY)
+	@echo "Installing EnvPool, Ray and Dask, for the tests of generating histories"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-scale.txt
+	@touch $@
 
 # mamba-ssm builds against the PyTorch that is there, here without its CUDA kernels.
 .parity/.ready: requirements-parity.txt $(READY)

@@ -57,9 +57,11 @@ def oracle(options: argparse.Namespace) -> None:
 
 def sources(options: argparse.Namespace) -> None:
     """Score every source of the data set between random actions and the oracle, and write the numbers."""
-    from adbook.results import save_result, source_scores
+    from adbook.results import save_result, source_scores, update_card
 
-    print(save_result("sources", source_scores()))
+    scores = source_scores()
+    print(save_result("sources", scores))
+    print(update_card(scores))
 
 
 def results(options: argparse.Namespace) -> None:

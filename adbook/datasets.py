@@ -130,7 +130,7 @@ def read_packed(path: str | os.PathLike) -> list[LearningHistory]:
         HistoryFileError: the file is damaged, foreign, or of another schema version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(file["json"].tobytes())
             _check_kind(Path(path), about)
             stored = {name: file[name] for name in (*_HALVES, "lengths", "terminated", "episodes")}

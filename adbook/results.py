@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from adbook import experiments, metrics
-from adbook.datasets import SPLITS, data_path, load_histories
+from adbook.datasets import HISTORIES, SPLITS, data_path, load_histories
 from adbook.experiments import Profile, References, describe, evaluate, provenance, references, trained_policy
 from adbook.files import write_whole
 from adbook.histories import LearningHistory
@@ -31,6 +31,8 @@ from adbook.tasks import family
 from adbook.transformer import TransformerConfig
 from adbook.windows import WindowConfig
 
+SOLVED = 0.9  # the score, between random actions and the oracle, from which on a source has solved its task
+_CARD_MARKS = "<!-- numbers: written by `python -m adbook sources` -->", "<!-- end of numbers -->"
 CONTROLS = {"mamba": {}, "reward withheld": {"withhold_reward": True}, "deterministic": {"deterministic": True}}
 
 
@@ -114,9 +116,41 @@ def _family_scores(name: str, there: Sequence[tuple[str, str]], episodes: int) -
         start = np.array([r[:, : max(1, r.shape[1] // 10)].mean() for r in runs])
         end = np.array([r[:, -max(1, r.shape[1] // 10) :].mean() for r in runs])
         ends = (scores[bound][split][: len(runs)] for bound in ("random", "oracle"))
-        numbers = {"start": start, "end": end, "score": metrics.normalized_score(end, *ends)}
+        numbers = {"end": end, "score": metrics.normalized_score(end, *ends), "start": start}
         scores["sources"].setdefault(source, {"config": asdict(RECIPES[name][source].config)})[split] = numbers
     return scores
+
+
+def update_card(scores: dict[str, Any], card: str | os.PathLike = HISTORIES / "README.md") -> Path:
+    """Write the numbers of `source_scores` into the data set's card, between its two marks."""
+    head = [
+        "family",
+        "source",
+        "split",
+        "tasks",
+        "histories",
+        "kept",
+        "MB",
+        "end: mean",
+        "worst",
+        "score: mean",
+        "solved",
+    ]
+    rows = [head, ["---"] * 3 + ["---:"] * 8]
+    for name, found in scores["families"].items():
+        for source, splits in found["sources"].items():
+            for split in (s for s in SPLITS if s in splits):
+                loaded = load_histories(name, source=source, split=split)
+                end, score = splits[split]["end"], splits[split]["score"]
+                rows.append([name, source, split, str(len(end)), str(len(loaded))])
+                rows[-1] += [f"{sum(len(h.episodes) for h in loaded):,}"]
+                rows[-1] += [f"{data_path(name, source, split).stat().st_size / 1e6:.1f}"]
+                rows[-1] += [f"{np.mean(end):.1f}", f"{np.min(end):.1f}", f"{np.mean(score):.2f}"]
+                rows[-1] += [f"{np.mean(np.array(score) >= SOLVED):.0%}"]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    before, rest = Path(card).read_text().split(_CARD_MARKS[0])
+    text = f"{before}{_CARD_MARKS[0]}\n{table}\n{_CARD_MARKS[1]}{rest.split(_CARD_MARKS[1])[1]}"
+    return write_whole(card, lambda file: file.write_text(text))
 
 
 def source_returns(histories: Sequence[LearningHistory]) -> list[np.ndarray]:

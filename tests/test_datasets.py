@@ -1,0 +1,196 @@
+"""The data set: what is kept of a history, what half precision costs, and files that are not what they should be."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from test_histories import ARRAYS, make_history
+
+import adbook
+from adbook.datasets import BEST, SPLITS, data_path, load_histories, read_packed, thinned, write_packed
+from adbook.histories import HistoryFileError, LearningHistory
+from adbook.recipes import RECIPES, follow, oracle_config, recipe
+from adbook.sources import PPOConfig, source_name
+from adbook.tasks import FAMILIES
+
+
+def noisy(lengths=(3, 1, 2, 4), seed=0) -> LearningHistory:
+    """A history of random numbers that chains as a real one does."""
+    toy, rng = make_history(lengths), np.random.default_rng(seed)
+    fields = {name: getattr(toy, name) for name in ARRAYS}
+    ends = toy.terminated | toy.truncated
+    for name in ("observations", "actions", "rewards"):
+        fields[name] = rng.normal(0, 3, fields[name].shape).astype(np.float32)
+    fields["next_observations"] = np.roll(fields["observations"], -1, 0)
+    fields["next_observations"][ends] = rng.normal(0, 3, (len(lengths), 3)).astype(np.float32)
+    return LearningHistory(**fields, metadata={"task": "toy", "seed": seed, "config": {"γ": 0.98}})
+
+
+def test_what_is_packed_comes_back_in_half_precision(tmp_path):
+    given = [noisy(), noisy((1, 1), seed=1), noisy((5,) * 7, seed=2)]
+    path = write_packed(tmp_path / "new" / "three.npz", given, {"date": "today"})
+    loaded = read_packed(path)
+    assert len(loaded) == 3
+    for one, two in zip(given, loaded, strict=True):
+        assert two.metadata == one.metadata
+        assert two.episodes == one.episodes
+        for name in ARRAYS:
+            expected = getattr(one, name)
+            if expected.dtype == np.float32:
+                np.testing.assert_array_equal(getattr(two, name), expected.astype(np.float16).astype(np.float32))
+            else:
+                np.testing.assert_array_equal(getattr(two, name), expected)
+            assert getattr(two, name).dtype == expected.dtype
+    assert [p.name for p in path.parent.iterdir()] == ["three.npz"]
+
+
+def test_numpy_alone_opens_a_file(tmp_path):
+    path = write_packed(tmp_path / "h.npz", [noisy()], {"commit": "abc"})
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(file["json"].tobytes())
+        planes = file["rewards"]  # (bytes of a number, columns, steps)
+    assert about["made"] == {"commit": "abc"}
+    rewards = np.ascontiguousarray(planes[:, 0].T).view("<f2")[:, 0]
+    np.testing.assert_array_equal(rewards, noisy().rewards.astype(np.float16))
+
+
+def test_a_file_is_smaller_than_half_precision_alone(tmp_path):
+    """Walks, as joints make them, compress; their bytes lie side by side for it."""
+    rng = np.random.default_rng(0)
+    history = noisy((50,) * 40)
+    walk = np.sin(rng.normal(0, 0.1, history.observations.shape).cumsum(0)).astype(np.float32)
+    following = np.roll(walk, -1, 0)
+    fields = {name: getattr(history, name) for name in ARRAYS} | {"observations": walk, "next_observations": following}
+    size = write_packed(tmp_path / "h.npz", [LearningHistory(**fields, metadata={})]).stat().st_size
+    assert size < 0.95 * 2 * 2000 * (3 + 2 + 1)
+
+
+@pytest.mark.parametrize(("total", "wanted", "every"), [(12, 12, 1), (12, 5, 3), (12, 1, 12), (12, 50, 1)])
+def test_thinning_keeps_the_first_and_spans_the_run(total, wanted, every):
+    history = make_history((3,) * total)
+    kept = thinned(history, wanted)
+    assert kept.metadata["every"] == every
+    assert kept.observations[0, 0] == 0
+    assert len(kept.episodes) <= max(wanted, 1)
+    assert kept.metadata["source_returns"] == history.episode_returns.tolist()
+    assert "source_returns" not in history.metadata
+
+
+def test_streams_can_be_thinned_with_phases_of_their_own():
+    kept = thinned(make_history(), 4, phase=0.5)
+    assert kept.observations[[e.start for e in kept.episodes], 0].tolist() == [1, 4, 7, 10]
+
+
+def test_values_too_large_for_half_precision_are_refused(tmp_path):
+    history = noisy()
+    history.rewards[2] = 1e5
+    with pytest.raises(ValueError, match="rewards reach 100000, too large for half precision"):
+        write_packed(tmp_path / "h.npz", [history])
+    with pytest.raises(ValueError, match="nothing to write"):
+        write_packed(tmp_path / "h.npz", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [0, 7, 300, -1])
+def test_a_truncated_file_is_refused_by_name(tmp_path, kept):
+    path = write_packed(tmp_path / "cut.npz", [noisy()])
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(HistoryFileError, match=r"cut\.npz is truncated, damaged or not a file of learning histories"):
+        read_packed(path)
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    """The zip's checksums see it, wherever in the arrays it is."""
+    path = write_packed(tmp_path / "h.npz", [noisy((50,) * 8)])
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(io.BytesIO(data)) as opened:
+        entry = opened.getinfo("observations.npy")
+    data[entry.header_offset + 30 + len("observations.npy") + entry.compress_size // 2] ^= 0x10
+    path.write_bytes(bytes(data))
+    with pytest.raises(HistoryFileError, match="truncated, damaged"):
+        read_packed(path)
+
+
+def test_foreign_files_and_other_schemas_are_refused(tmp_path):
+    path = tmp_path / "f.npz"
+    np.savez(path, weights=np.zeros(3))
+    with pytest.raises(HistoryFileError, match=r"f\.npz is truncated, damaged or not a file of learning histories"):
+        read_packed(path)
+    write_packed(path, [noisy()])
+    with np.load(path) as file:
+        arrays = dict(file)
+    for changes, message in (({"schema": 99}, "schema version 99, this version reads 1"), ({"kind": "x"}, "holds 'x'")):
+        about = json.loads(arrays["json"].tobytes()) | changes
+        np.savez(path, **arrays | {"json": np.frombuffer(json.dumps(about).encode(), np.uint8)})
+        with pytest.raises(HistoryFileError, match=message):
+            read_packed(path)
+
+
+def test_no_pickle_is_loaded(tmp_path):
+    path = tmp_path / "evil.npz"
+    np.savez(path, json=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(HistoryFileError, match="truncated, damaged"):
+        read_packed(path)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"family": "ant-dri"}, "unknown task family 'ant-dri' .did you mean 'ant-dir'"),
+        ({"family": "ant-dir", "source": "sacc"}, "unknown source 'sacc' .did you mean 'sac'.*ppo, sac, droq"),
+        ({"family": "ant-dir", "split": "ood"}, "unknown split 'ood'; choose one of train, test"),
+    ],
+)
+def test_unknown_requests_are_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        load_histories(**request_)
+
+
+def test_what_is_not_there_is_told_with_what_is(tmp_path):
+    write_packed(data_path("ant-dir", "ppo", "train", tmp_path), [noisy()])
+    with pytest.raises(
+        FileNotFoundError, match=r"sac on ant-dir .train.*there are: ppo-train\. Make them with .*--source sac"
+    ):
+        load_histories("ant-dir", source="sac", folder=tmp_path)
+
+
+def test_every_family_has_recipes_that_fit_it():
+    assert set(RECIPES) == set(BEST) == set(FAMILIES)
+    for name, recipes in RECIPES.items():
+        kind = adbook.family(name)
+        assert BEST[name] in recipes
+        assert oracle_config(name).normalize
+        for source, chosen in recipes.items():
+            assert source_name(chosen.config).lower() == source
+            assert chosen.streams <= chosen.config.streams
+            assert chosen.train <= len(kind.train_tasks)
+            assert chosen.test <= len(kind.test_tasks)
+            assert chosen.config.steps_each // kind.horizon >= 20
+            assert recipe(name, source.upper()) is chosen
+    with pytest.raises(ValueError, match=r"unknown source for ant-dir 'sax'.*choose one of"):
+        recipe("ant-dir", "sax")
+
+
+def test_following_a_recipe_records_and_packs(tmp_path, monkeypatch):
+    from adbook import recipes
+
+    tiny = PPOConfig(steps=800, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
+    small = recipes.Recipe(tiny, train=2, test=1, streams=2, episodes=3)
+    monkeypatch.setitem(RECIPES, "reacher-goal", {"ppo": small})
+    where = {"folder": tmp_path / "runs", "into": tmp_path / "set", "n_jobs": 1}
+    assert follow("reacher-goal", tasks=1, **where) is None
+    assert not (tmp_path / "set").exists()
+    for split in SPLITS:
+        follow("reacher-goal", None, split, made={"commit": "abc"}, **where)
+    histories = adbook.load_histories("reacher-goal", folder=tmp_path / "set")
+    assert [(h.metadata["task"]["index"], h.metadata["stream"]) for h in histories] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [len(h.episodes) for h in histories] == [3, 3, 3, 3]  # one in three of eight, from episodes 0 and 1 on
+    assert all(len(h.metadata["source_returns"]) == 8 for h in histories)
+    tested = adbook.load_histories("reacher-goal", source="PPO", split="test", folder=tmp_path / "set")
+    assert {h.metadata["task"]["split"] for h in tested} == {"test"}
+    with pytest.raises(ValueError, match="tasks=3 must be from 1 to 2, the train tasks"):
+        follow("reacher-goal", tasks=3, **where)
+    with pytest.raises(ValueError, match="unknown split 'ood'"):
+        follow("reacher-goal", split="ood", **where)
