@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.ndimage import median_filter
 
 
 def normalized_score(returns: ArrayLike, random: ArrayLike, source: ArrayLike) -> np.ndarray:
@@ -159,3 +160,25 @@ def episodes_to_fraction(curve: ArrayLike, fraction: float = 0.9) -> float:
     # At fraction 1 rounding may lift the threshold above the maximum itself, hence the minimum.
     threshold = min(curve[0] + fraction * rise, curve.max())
     return float(np.argmax(curve >= threshold) + 1)
+
+
+def jitter_and_drop(curve: ArrayLike, window: int = 5) -> tuple[float, float]:
+    """How rough a learning curve is: what an episode tells about its neighbours, and what is lost after it was won.
+
+    Args:
+        curve: ``(K,)``, scores of one history, episode by episode.
+        window: Episodes of the running median that stands for what the source could do at a time; odd.
+
+    Returns:
+        The root mean square distance of an episode from the running median, and the deepest fall of the running median
+        below the highest value that it had had before.
+
+    Raises:
+        ValueError: The curve is not one-dimensional, or shorter than the window.
+    """
+    curve = np.asarray(curve, dtype=np.float64)
+    if curve.ndim != 1 or len(curve) < window:
+        raise ValueError(f"curve has shape {curve.shape}; it must be one history of at least {window} episodes.")
+    smooth = median_filter(curve, window, mode="nearest")
+    jitter = np.sqrt(np.mean((curve - smooth) ** 2))
+    return float(jitter), float((np.maximum.accumulate(smooth) - smooth).max())

@@ -21,20 +21,30 @@ __all__ = [
 ]  # fmt: skip
 
 
-def learning_curves(curves: Mapping[str, ArrayLike], *, every: int = 1) -> go.Figure:
-    """Returns of many learning histories by episode: the median, and a band with the middle 80 %.
+def learning_curves(
+    curves: Mapping[str, ArrayLike], *, every: int = 1, steps: Mapping[str, ArrayLike] | None = None
+) -> go.Figure:
+    """Many learning histories by episode: the median, and a band with the middle 80 %.
 
     Args:
-        curves: By source, ``(histories, episodes)`` returns.
+        curves: By source, ``(histories, episodes)`` returns; or scores, if `steps` are given.
         every: Environment episodes from one column to the next (the downsampling of the histories).
+        steps: By source, ``(episodes,)`` environment steps that its run had made, for a logarithmic axis on which
+            sources that differ in speed a hundredfold can be compared.
     """
     figure, told = go.Figure(), []
-    for i, (name, returns) in enumerate(curves.items()):
-        low, middle, high = np.quantile(np.asarray(returns, float), [0.1, 0.5, 0.9], axis=0)  # (K,) each
-        _band(figure, 1 + every * np.arange(len(middle)), middle, low, high, name, style(name, i), "lines")
-        told.append(f"{name}: median from {middle[0]:.1f} to {middle[-1]:.1f}")
-    _axes(figure, "episode of the source's training", "return (sum of rewards)")
-    return describe(figure, f"Return by episode of training, median and middle 80 % of histories. {'; '.join(told)}.")
+    for i, (name, values) in enumerate(curves.items()):
+        low, middle, high = np.quantile(np.asarray(values, float), [0.1, 0.5, 0.9], axis=0).round(4)  # (K,) each
+        x = np.asarray(steps[name]) if steps else 1 + every * np.arange(len(middle))
+        _band(figure, x, middle, low, high, name, style(name, i), "lines")
+        told.append(f"{name}: median from {middle[0]:z.1f} to {middle[-1]:z.1f}")
+    if steps:
+        _axes(figure, "environment steps of the run", "score (0 random, 1 oracle)")
+        figure.update_xaxes(type="log", dtick=1)
+    else:
+        _axes(figure, "episode of the source's training", "return (sum of rewards)")
+    quantity = "Score by environment steps" if steps else "Return by episode"
+    return describe(figure, f"{quantity} of training, median and middle 80 % of histories. {'; '.join(told)}.")
 
 
 def in_context_curve(

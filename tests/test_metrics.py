@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from adbook.metrics import episodes_to_fraction, iqm, normalized_score, stratified_bootstrap
+from adbook.metrics import episodes_to_fraction, iqm, jitter_and_drop, normalized_score, stratified_bootstrap
 
 RANDOM, SOURCE = np.array([-12.0, -8.0]), np.array([-2.0, -4.0])
 
@@ -120,3 +120,16 @@ def test_anything_but_one_finite_curve_is_refused(curve):
 def test_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(ValueError, match=f"fraction is {fraction}"):
         episodes_to_fraction([0, 1], fraction)
+
+
+def test_jitter_and_drop_of_curves_that_are_known():
+    assert jitter_and_drop(np.linspace(0, 1, 20)) == pytest.approx((0, 0))
+    spike = np.zeros(20)
+    spike[7] = 3.0  # a single episode is jitter, and no drop
+    assert jitter_and_drop(spike) == pytest.approx((3 / np.sqrt(20), 0))
+    collapse = np.repeat([1.0, 0.2, 1.1], 10)  # ten episodes are a drop, and no jitter
+    assert jitter_and_drop(collapse) == pytest.approx((0, 0.8))
+    with pytest.raises(ValueError, match=r"shape .3,.; it must be one history of at least 5 episodes"):
+        jitter_and_drop(np.zeros(3))
+    with pytest.raises(ValueError, match="one history"):
+        jitter_and_drop(np.zeros((2, 9)))

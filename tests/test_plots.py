@@ -25,6 +25,10 @@ def curves():
 
 FIGURES = {
     "learning": lambda: plots.learning_curves({"source": rng().normal(size=(5, 7))}, every=16),
+    "sources": lambda: plots.learning_curves(
+        {"PPO": rng().normal(size=(5, 7)), "SAC": rng().normal(size=(3, 4))},
+        steps={"PPO": 1e4 * np.arange(1, 8), "SAC": 1e3 * np.arange(1, 5)},
+    ),
     "in context": lambda: plots.in_context_curve({"mamba": curves(), "random": curves()[0]}, rng=rng()),
     "returns": lambda: plots.in_context_curve({"mamba": curves()}, rng=rng(), quantity="return"),
     "bars": lambda: plots.score_bars({"mamba": curves()[..., 0], "random": curves()[0, :, 0]}, rng=rng()),
@@ -143,6 +147,12 @@ def test_learning_curve_counts_the_environments_episodes_from_one():
     np.testing.assert_array_equal(middle.x, [1, 17, 33])
     np.testing.assert_array_equal(middle.y, [5, 5, 5])
     np.testing.assert_array_equal(band.y, [9, 9, 9, 1, 1, 1])  # nine tenths and one tenth of 0…10
+
+
+def test_learning_curves_of_several_sources_share_a_logarithmic_axis_of_steps():
+    figure = plots.learning_curves({"PPO": np.ones((4, 3))}, steps={"PPO": [800, 1600, 2400]})
+    np.testing.assert_array_equal(figure.data[1].x, [800, 1600, 2400])
+    assert (figure.layout.xaxis.type, figure.layout.yaxis.title.text) == ("log", "score (0 random, 1 oracle)")
 
 
 def test_bars_carry_the_interval_in_their_length_and_in_words():
