@@ -27,7 +27,7 @@ class Recipe:
 
 
 # The other three want a longer view ahead than Reacher-Goal, and rewards brought to one scale.
-_FAR = PPOConfig(streams=4, n_steps=100, batch_size=400, learning_rate=1e-3, gamma=0.98, normalize=True)
+_FAR = PPOConfig(steps=400_000, streams=4, n_steps=100, batch_size=400, learning_rate=1e-3, gamma=0.98, normalize=True)
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     "reacher-goal": {
@@ -35,9 +35,9 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "sac": Recipe(SACConfig(steps=8_000), streams=2),
         "droq": Recipe(DroQConfig(steps=3_000)),
     },
-    "pusher-goal": {"ppo": Recipe(replace(_FAR, steps=500_000), train=40, streams=2)},
+    "pusher-goal": {"ppo": Recipe(_FAR, train=40, streams=2)},
     "half-cheetah-vel": {
-        "ppo": Recipe(replace(_FAR, steps=400_000), train=40),
+        "ppo": Recipe(replace(_FAR, steps=500_000, log_std_init=-1.0), train=40),
         "sac": Recipe(SACConfig(steps=40_000, n_envs=1, streams=1, batch_size=128, gamma=0.98), test=8, episodes=12),
         "droq": Recipe(DroQConfig(steps=10_000, gamma=0.98, learning_starts=400), test=8, episodes=12),
     },

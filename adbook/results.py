@@ -82,11 +82,12 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
     return _result(settings, updates=updates, seeds=list(seeds), variants=rows, references=references)
 
 
-def source_scores(episodes: int = 20) -> dict[str, Any]:
+def source_scores(episodes: int = 20, *, folder: str | os.PathLike = HISTORIES) -> dict[str, Any]:
     """Put the end of every source run of the data set on the line from random actions (0) to the oracle (1).
 
     Args:
         episodes: played on each task by random actions and by the oracle, whose actions are the means.
+        folder: of the data set.
 
     Returns:
         JSON: "families" by family, each with "random" and "oracle" by split, mean returns (tasks,); "sources" by
@@ -95,13 +96,16 @@ def source_scores(episodes: int = 20) -> dict[str, Any]:
     """
     families = {}
     for name, recipes in RECIPES.items():
-        there = {(source, split) for source in recipes for split in SPLITS if data_path(name, source, split).is_file()}
+        wanted = ((source, split) for source in recipes for split in SPLITS)
+        there = [(source, split) for source, split in wanted if data_path(name, source, split, folder).is_file()]
         if there:
-            families[name] = _family_scores(name, sorted(there), episodes)
+            families[name] = _family_scores(name, there, episodes, folder)
     return {"episodes": episodes, "families": families, "made": provenance()}
 
 
-def _family_scores(name: str, there: Sequence[tuple[str, str]], episodes: int) -> dict[str, Any]:
+def _family_scores(
+    name: str, there: Sequence[tuple[str, str]], episodes: int, folder: str | os.PathLike
+) -> dict[str, Any]:
     kind, oracle = family(name), Oracle.load(name)
     uniform = RandomPolicy(kind.action_size, kind.action_scale)
     scores: dict[str, Any] = {"random": {}, "oracle": {}, "sources": {}}
@@ -112,7 +116,7 @@ def _family_scores(name: str, there: Sequence[tuple[str, str]], episodes: int) -
             played = rollout(policy, kind, tasks, episodes=episodes, deterministic=end == "oracle")
             scores[end][split] = played.returns.mean(1)
     for source, split in there:
-        runs = source_returns(load_histories(name, source=source, split=split))
+        runs = source_returns(load_histories(name, source=source, split=split, folder=folder))
         start = np.array([r[:, : max(1, r.shape[1] // 10)].mean() for r in runs])
         end = np.array([r[:, -max(1, r.shape[1] // 10) :].mean() for r in runs])
         ends = (scores[bound][split][: len(runs)] for bound in ("random", "oracle"))
@@ -121,8 +125,9 @@ def _family_scores(name: str, there: Sequence[tuple[str, str]], episodes: int) -
     return scores
 
 
-def update_card(scores: dict[str, Any], card: str | os.PathLike = HISTORIES / "README.md") -> Path:
-    """Write the numbers of `source_scores` into the data set's card, between its two marks."""
+def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -> Path:
+    """Write the numbers of `source_scores` into the data set's card, README.md, between its two marks."""
+    card = Path(folder) / "README.md"
     head = [
         "family",
         "source",
@@ -140,15 +145,15 @@ def update_card(scores: dict[str, Any], card: str | os.PathLike = HISTORIES / "R
     for name, found in scores["families"].items():
         for source, splits in found["sources"].items():
             for split in (s for s in SPLITS if s in splits):
-                loaded = load_histories(name, source=source, split=split)
+                loaded = load_histories(name, source=source, split=split, folder=folder)
                 end, score = splits[split]["end"], splits[split]["score"]
                 rows.append([name, source, split, str(len(end)), str(len(loaded))])
                 rows[-1] += [f"{sum(len(h.episodes) for h in loaded):,}"]
-                rows[-1] += [f"{data_path(name, source, split).stat().st_size / 1e6:.1f}"]
+                rows[-1] += [f"{data_path(name, source, split, folder).stat().st_size / 1e6:.1f}"]
                 rows[-1] += [f"{np.mean(end):.1f}", f"{np.min(end):.1f}", f"{np.mean(score):.2f}"]
                 rows[-1] += [f"{np.mean(np.array(score) >= SOLVED):.0%}"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    before, rest = Path(card).read_text().split(_CARD_MARKS[0])
+    before, rest = card.read_text().split(_CARD_MARKS[0])
     text = f"{before}{_CARD_MARKS[0]}\n{table}\n{_CARD_MARKS[1]}{rest.split(_CARD_MARKS[1])[1]}"
     return write_whole(card, lambda file: file.write_text(text))
 

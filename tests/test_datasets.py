@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - a stand-in for an oracle, whose methods are known
 """The data set: what is kept of a history, what half precision costs, and files that are not what they should be."""
 
 import io
@@ -6,12 +7,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from test_histories import ARRAYS, make_history
 
 import adbook
+from adbook import results
 from adbook.datasets import BEST, SPLITS, data_path, load_histories, read_packed, thinned, write_packed
 from adbook.histories import HistoryFileError, LearningHistory
-from adbook.recipes import RECIPES, follow, oracle_config, recipe
+from adbook.recipes import RECIPES, Recipe, follow, oracle_config, recipe
 from adbook.sources import PPOConfig, source_name
 from adbook.tasks import FAMILIES
 
@@ -173,12 +176,19 @@ def test_every_family_has_recipes_that_fit_it():
         recipe("ant-dir", "sax")
 
 
-def test_following_a_recipe_records_and_packs(tmp_path, monkeypatch):
-    from adbook import recipes
-
+@pytest.fixture
+def small(monkeypatch):
+    """A recipe that is followed in seconds, and no other."""
     tiny = PPOConfig(steps=800, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
-    small = recipes.Recipe(tiny, train=2, test=1, streams=2, episodes=3)
-    monkeypatch.setitem(RECIPES, "reacher-goal", {"ppo": small})
+    chosen = Recipe(tiny, train=2, test=1, streams=2, episodes=3)
+    for name in FAMILIES:
+        monkeypatch.setitem(RECIPES, name, {"ppo": chosen} if name == "reacher-goal" else {})
+    threads = torch.get_num_threads()
+    yield chosen
+    torch.set_num_threads(threads)  # a source leaves torch on one
+
+
+def test_following_a_recipe_records_and_packs(tmp_path, small):
     where = {"folder": tmp_path / "runs", "into": tmp_path / "set", "n_jobs": 1}
     assert follow("reacher-goal", tasks=1, **where) is None
     assert not (tmp_path / "set").exists()
@@ -194,3 +204,43 @@ def test_following_a_recipe_records_and_packs(tmp_path, monkeypatch):
         follow("reacher-goal", tasks=3, **where)
     with pytest.raises(ValueError, match="unknown split 'ood'"):
         follow("reacher-goal", split="ood", **where)
+
+
+class Reach(torch.nn.Module):
+    """An oracle by hand: pulls the fingertip towards the goal with the transposed Jacobian, and damps."""
+
+    def show(self, tasks):
+        self.goals = torch.tensor([task.goal for task in tasks])
+        return self
+
+    def init_state(self, n):
+        pass
+
+    def act(self, observation, reward, start, state, **_):
+        tip, elbow = observation[:, 6:8], 0.1 * observation[:, [0, 2]]
+        arms, pull = torch.stack((tip, tip - elbow), 1), (self.goals - tip)[:, None]  # (n, joints, 2), (n, 1, 2)
+        torque = arms[..., 0] * pull[..., 1] - arms[..., 1] * pull[..., 0]
+        return (50 * torque - 0.1 * observation[:, 4:6]).clamp(-1, 1), None
+
+
+def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(results.Oracle, "load", lambda name: Reach())
+    (tmp_path / "README.md").write_text("before\n" + "\n".join(results._CARD_MARKS) + "\nafter\n")
+    where = {"folder": tmp_path / "runs", "into": tmp_path, "n_jobs": 1}
+    for split in SPLITS:
+        follow("reacher-goal", None, split, **where)
+    scores = results.source_scores(episodes=4, folder=tmp_path)["families"]["reacher-goal"]
+    train = scores["sources"]["ppo"]["train"]
+    runs = results.source_returns(load_histories("reacher-goal", folder=tmp_path))
+    assert [run.shape for run in runs] == [(2, 8)] * 2  # streams, episodes
+    expected = [run[:, -1].mean() for run in runs]  # the last tenth of eight episodes is one
+    np.testing.assert_allclose(train["end"], expected)
+    bounds = scores["random"]["train"], scores["oracle"]["train"]
+    np.testing.assert_allclose(train["score"], (expected - bounds[0]) / (bounds[1] - bounds[0]), rtol=1e-5)
+    assert (bounds[1] > bounds[0]).all()
+    for _ in range(2):  # what stands between the marks is replaced
+        results.update_card({"families": {"reacher-goal": scores}}, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("before\n")
+    assert card.endswith("\nafter\n")
+    assert card.count("| reacher-goal | ppo | train | 2 | 4 | 12 |") == 1
