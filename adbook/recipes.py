@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "sac": Recipe(SACConfig(steps=8_000), streams=2),
         "droq": Recipe(DroQConfig(steps=3_000)),
     },
-    "pusher-goal": {"ppo": Recipe(_FAR, train=40, streams=2)},
+    "pusher-goal": {"ppo": Recipe(replace(_FAR, steps=240_000), train=40, streams=2)},
     "half-cheetah-vel": {
         "ppo": Recipe(replace(_FAR, steps=500_000, log_std_init=-1.0), train=40),
         "sac": Recipe(SACConfig(steps=40_000, n_envs=1, streams=1, batch_size=128, gamma=0.98), test=8, episodes=12),
