@@ -15,6 +15,8 @@ from adbook.sources import learn, run_source
 from adbook.tasks import family as task_family
 from adbook.vectors import TaskVector, simulator
 
+DEFAULT_UPDATES = 3  # of stable-baselines3's defaults in a round, 2048 steps each
+
 
 def bench_sources(updates: int = 6, rounds: int = 2) -> dict[str, Any]:
     """Measure environment steps a second of PPO on one core, learning included, beside stable-baselines3's defaults.
@@ -24,7 +26,7 @@ def bench_sources(updates: int = 6, rounds: int = 2) -> dict[str, Any]:
     counts.
 
     Args:
-        updates: of ours; the defaults make three.
+        updates: of ours in a round.
         rounds: of each.
 
     Returns:
@@ -42,7 +44,7 @@ def bench_sources(updates: int = 6, rounds: int = 2) -> dict[str, Any]:
             ours.append(short.steps / (time.perf_counter() - start))
             start = time.perf_counter()
             model = PPO("MlpPolicy", kind.make(kind.train_tasks[0]), device="cpu", seed=0)
-            model.learn(3 * model.n_steps)
+            model.learn(DEFAULT_UPDATES * model.n_steps)
             theirs.append(model.num_timesteps / (time.perf_counter() - start))
         speeds = {"steps_per_second": max(ours), "default_steps_per_second": max(theirs)}
         measured[name] = speeds | {"ratio": max(ours) / max(theirs), "simulator": simulator(name)}
@@ -82,7 +84,7 @@ def bench_droq(seeds: Sequence[int] = (0, 1, 2), steps: int = 6_000) -> dict[str
         peer.learn(steps)
         curves["sbx_returns"].append(monitor.get_episode_rewards())
         seconds["sbx_seconds"] += (time.perf_counter() - start) / len(seeds)
-    last = {name: float(np.array(c)[:, -(len(c[0]) // 4) :].mean()) for name, c in curves.items()}
+    last = {name: float(np.array(c)[:, -max(1, len(c[0]) // 4) :].mean()) for name, c in curves.items()}
     return curves | {"end": last["returns"], "sbx_end": last["sbx_returns"]} | seconds | {"task": str(task)}
 
 

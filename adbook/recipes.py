@@ -29,11 +29,13 @@ class Recipe:
 # The other three want a longer view ahead than Reacher-Goal, and rewards brought to one scale.
 _FAR = PPOConfig(steps=400_000, streams=4, n_steps=100, batch_size=400, learning_rate=1e-3, gamma=0.98, normalize=True)
 
+_NEAR = SACConfig(batch_size=128, gamma=0.9, tau=0.02, temperature=0.02)
+
 RECIPES: dict[str, dict[str, Recipe]] = {
     "reacher-goal": {
         "ppo": Recipe(PPOConfig(), train=128, streams=4),
-        "sac": Recipe(SACConfig(steps=8_000), streams=2),
-        "droq": Recipe(DroQConfig(steps=3_000)),
+        "sac": Recipe(replace(_NEAR, steps=5_000, n_envs=2, streams=2), streams=2),
+        "droq": Recipe(DroQConfig(steps=1_500, gamma=0.9, temperature=0.02)),
     },
     "pusher-goal": {"ppo": Recipe(replace(_FAR, steps=240_000), train=40, streams=2)},
     "half-cheetah-vel": {

@@ -86,11 +86,16 @@ class SACConfig:
     learning_rate: float = 1e-3
     gamma: float = 0.95
     tau: float = 0.01  # the target critics' step towards the critics
+    temperature: float = (
+        0.1  # the entropy's weight at the start; from 1 it takes thousands of steps to fall to a reward's
+    )
     hidden: tuple[int, ...] = (64, 64)  # of the policy and of each critic
 
     def __post_init__(self):
         """Refuse settings that cannot run."""
         _check(self, at_least_1=("steps", "n_envs", "streams", "updates", "batch_size"), shares=("gamma", "tau"))
+        if not 0 < self.temperature < np.inf:
+            raise ValueError(f"temperature={self.temperature} must be a positive number")
         if not 0 <= self.learning_starts < self.steps:
             raise ValueError(f"learning_starts={self.learning_starts} must be from 0 to below steps={self.steps}")
 
@@ -111,6 +116,7 @@ class SACConfig:
             "batch_size": self.batch_size,
             "tau": self.tau,
             "gamma": self.gamma,
+            "ent_coef": f"auto_{self.temperature}",
             "train_freq": 1,
             "gradient_steps": self.updates * self.n_envs,
             "policy_kwargs": {"net_arch": list(self.hidden)} | _FUSED,

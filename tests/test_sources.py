@@ -95,6 +95,7 @@ def test_a_source_tells_how_far_it_is(reacher):
         (PPOConfig, {"log_std_init": float("inf")}, "log_std_init=inf must be a finite number"),
         (SACConfig, {"updates": 0}, "updates=0 must be at least 1"),
         (SACConfig, {"tau": -0.1}, "tau=-0.1 must be from 0 to 1"),
+        (SACConfig, {"temperature": 0.0}, "temperature=0.0 must be a positive number"),
         (SACConfig, {"streams": 5}, "streams=5 exceeds n_envs=4"),
         (SACConfig, {"steps": 400}, "learning_starts=500 must be from 0 to below steps=400"),
         (DroQConfig, {"dropout": 1.0}, "dropout=1.0 must be from 0 to below 1"),
