@@ -4,6 +4,7 @@
 import io
 import json
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_histories import ARRAYS, make_history
 
 import adbook
 from adbook import results
-from adbook.datasets import BEST, SPLITS, data_path, load_histories, read_packed, thinned, write_packed
+from adbook.datasets import BEST, HISTORIES, SPLITS, data_path, load_histories, read_packed, thinned, write_packed
 from adbook.histories import HistoryFileError, LearningHistory
 from adbook.recipes import RECIPES, Recipe, follow, oracle_config, recipe
 from adbook.sources import PPOConfig, source_name
@@ -244,3 +245,48 @@ def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, smal
     assert card.startswith("before\n")
     assert card.endswith("\nafter\n")
     assert card.count("| reacher-goal | ppo | train | 2 | 4 | 12 |") == 1
+
+
+FILES = sorted(HISTORIES.glob("*/*.npz"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_committed_file_is_what_its_recipe_says(path):
+    name, (source, split) = path.parent.name, path.stem.split("-")
+    chosen, kind = recipe(name, source), adbook.family(name)
+    histories = load_histories(name, source=source, split=split)
+    tasks = getattr(kind, f"{split}_tasks")[: getattr(chosen, split)]
+    assert len(histories) == len(tasks) * chosen.streams
+    for i, history in enumerate(histories):
+        about = history.metadata
+        assert about["task"] == asdict(tasks[i // chosen.streams]) | {"goal": list(tasks[i // chosen.streams].goal)}
+        assert about["config"] == json.loads(json.dumps(asdict(chosen.config)))
+        assert history.observations.shape[1:] == (kind.observation_size,)
+        assert np.abs(history.actions).max() <= kind.action_scale
+        lengths = np.array([e.stop - e.start for e in history.episodes])
+        assert (lengths <= kind.horizon).all()
+        assert (lengths[history.truncated[history.terminated | history.truncated]] == kind.horizon).all()
+        kept = np.arange(about["phase"], len(about["source_returns"]), about["every"])
+        assert len(kept) == len(history.episodes) <= chosen.episodes
+        # each reward is rounded to 11 bits, each return in the metadata to 2 decimals
+        rounding = 2**-11 * np.array([np.abs(history.rewards[e]).sum() for e in history.episodes]) + 0.0051
+        assert (np.abs(history.episode_returns - np.array(about["source_returns"])[kept]) <= rounding).all()
+    improved = [
+        np.mean(h.metadata["source_returns"][-9:]) > np.mean(h.metadata["source_returns"][:9]) for h in histories
+    ]
+    assert np.mean(improved) > 0.95
+
+
+def test_the_data_set_is_small_enough_for_a_clone():
+    for name in FAMILIES:
+        assert sum(path.stat().st_size for path in (HISTORIES / name).glob("*")) <= 16e6
+
+
+def test_minari_reads_a_committed_history(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    history = adbook.load_histories("reacher-goal")[3]
+    history.to_minari("reacher-goal/ppo-v0")
+    dataset = minari.load_dataset("reacher-goal/ppo-v0")
+    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
+    np.testing.assert_allclose(returns, history.episode_returns, rtol=1e-6)
