@@ -189,7 +189,10 @@ def _bar(name: str, paths: Sequence[Path], steps: int, *, show: bool) -> Iterato
     def refresh() -> None:
         done = sum(path.exists() for path in paths)
         bar.set_description(f"{name} {done}/{len(paths)} runs", refresh=False)
-        bar.n = max(bar.n, done * steps + sum(_steps(path) for path in paths))
+        if made := done * steps + sum(_steps(path) for path in paths):
+            bar.n = max(bar.n, made)
+        else:
+            bar.reset()  # the workers are still importing: that time says nothing of the runs'
         bar.refresh()
 
     ended = threading.Event()
