@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"adbook: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nadbook: stopped; what is finished is kept, and the same command goes on there", file=sys.stderr)
+        print("\nadbook: stopped; what is finished is kept, and is not made again", file=sys.stderr)
         return 130
     return 0
 
@@ -34,9 +34,10 @@ def book(options: argparse.Namespace) -> None:
 def histories(options: argparse.Namespace) -> None:
     """Record the learning histories of a source on a family, and put them into the data set."""
     from adbook import experiments
-    from adbook.recipes import follow, recipe
+    from adbook.recipes import check_request, follow
 
-    recipe(options.family, options.source)  # refuses what it does not know, before any run
+    for split in options.split:
+        check_request(options.family, options.source, split, options.tasks)
     for split in options.split:
         made, limits = experiments.provenance(), {"tasks": options.tasks, "n_jobs": options.jobs}
         path = follow(options.family, options.source, split, folder=experiments.RUNS / "histories", made=made, **limits)

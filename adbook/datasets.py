@@ -1,15 +1,13 @@
 """The committed data set: learning histories to train on without a simulator, thinned out, in half precision.
 
 One file a family, source and split, `artifacts/histories/<family>/<source>-<split>.npz`: a compressed zip of numpy
-arrays that `numpy.load` opens. Reading needs numpy alone. How the files were made: artifacts/histories/README.md.
+arrays that `numpy.load` opens. Reading needs no simulator. How the files were made: artifacts/histories/README.md.
 
 Symbols: `H` histories, `K` episodes of all of them, `S` steps of all of them, `O` and `A` as in `LearningHistory`.
 """
 
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from adbook.files import write_whole
-from adbook.histories import HistoryFileError, LearningHistory
+from adbook.histories import HistoryFileError, LearningHistory, check_continuous
 
 HISTORIES = Path(__file__).resolve().parents[1] / "artifacts" / "histories"
 SPLITS = ("train", "test")
@@ -38,8 +36,8 @@ def load_histories(
 ) -> list[LearningHistory]:
     """Return committed learning histories, thinned out already.
 
-    `metadata["every"]` and `["phase"]` of each tell which episodes of its source run were kept, and
-    `metadata["source_returns"]` the returns of all of them.
+    `metadata["every"]` and `["phase"]` of each tell which episodes of its stream were kept, and
+    `metadata["source_returns"]` and `["source_lengths"]` the returns and steps of all of them.
 
     Args:
         family: name of a task family, for example "ant-dir".
@@ -80,17 +78,18 @@ def check_known(what: str, value: str, known: Collection[str]) -> None:
 
 
 def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> LearningHistory:
-    """Keep about `episodes` whole episodes at equal distances, from the first on, and the returns of all.
+    """Keep about `episodes` whole episodes at equal distances, from the first on, and the returns and lengths of all.
 
     Args:
         history: a whole history, as recorded.
-        episodes: how many to keep at most.
+        episodes: how many to keep at most, 1 or more.
         phase: from 0 to below 1, which share of the distance lies before the first one.
     """
     total = len(history.episodes)
     every = -(-total // episodes)
     kept = history.every(every, int(phase * every))
     kept.metadata["source_returns"] = [round(float(r), 2) for r in history.episode_returns]
+    kept.metadata["source_lengths"] = [e.stop - e.start for e in history.episodes]
     return kept
 
 
@@ -100,10 +99,13 @@ def write_packed(
     """Write histories into one compressed file, rounded to half precision; `made` says where and when, in JSON.
 
     Raises:
-        ValueError: no history, or a value too large for half precision (65,504).
+        ValueError: no history, one whose next observations do not continue its observations, or a value too large for
+            half precision (65,504).
     """
     if not histories:
         raise ValueError("no history was given; there is nothing to write")
+    for history in histories:
+        check_continuous(history)
     ends = [history.terminated | history.truncated for history in histories]
     arrays = {name: np.concatenate([getattr(h, name) for h in histories]) for name in ("observations", "actions")}
     arrays["rewards"] = np.concatenate([h.rewards for h in histories])[:, None]  # (S, 1)
@@ -111,7 +113,8 @@ def write_packed(
     arrays["last_observations"] = np.concatenate(last)  # (K, O)
     stored: dict[str, np.ndarray] = {name: _shuffled(name, array) for name, array in arrays.items()}
     stored["lengths"] = np.concatenate([np.diff(np.flatnonzero(e), prepend=-1) for e in ends]).astype(np.uint16)  # (K,)
-    stored["terminated"] = np.concatenate([h.terminated[e] for h, e in zip(histories, ends, strict=True)])  # (K,)
+    for name in ("terminated", "truncated"):
+        stored[name] = np.concatenate([getattr(h, name)[e] for h, e in zip(histories, ends, strict=True)])  # (K,)
     stored["episodes"] = np.array([e.sum() for e in ends], np.uint16)  # (H,)
     about = {"kind": _KIND, "schema": SCHEMA, "made": made or {}, "histories": [h.metadata for h in histories]}
     stored["json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -129,16 +132,17 @@ def read_packed(path: str | os.PathLike) -> list[LearningHistory]:
     Raises:
         HistoryFileError: the file is damaged, foreign, or of another schema version.
     """
-    try:
-        with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            about = json.loads(file["json"].tobytes())
-            _check_kind(Path(path), about)
-            stored = {name: file[name] for name in (*_HALVES, "lengths", "terminated", "episodes")}
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
-        if isinstance(error, HistoryFileError):
+    with Path(path).open("rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                about = json.loads(file["json"].tobytes())
+                _check_kind(Path(path), about)
+                stored = {name: file[name] for name in (*_HALVES, "lengths", "terminated", "truncated", "episodes")}
+        except HistoryFileError:
             raise
-        told = f"{path} is truncated, damaged or not a file of learning histories ({error}); fetch or make it again"
-        raise HistoryFileError(told) from error
+        except Exception as error:  # a damaged zip can raise nearly anything
+            told = f"{path} is truncated, damaged or not a file of learning histories ({error}); fetch or make it again"
+            raise HistoryFileError(told) from error
     return _unpacked(stored | {name: _restored(stored[name]) for name in _HALVES}, about["histories"])
 
 
@@ -153,8 +157,8 @@ def _check_kind(path: Path, about: dict[str, Any]) -> None:
 
 def _unpacked(stored: dict[str, np.ndarray], metadata: list[dict[str, Any]]) -> list[LearningHistory]:
     ends = stored["lengths"].astype(int).cumsum()  # (K,), one past each episode's last step
-    truncated, terminated = np.zeros((2, ends[-1]), bool)
-    terminated[ends - 1], truncated[ends - 1] = stored["terminated"], ~stored["terminated"]
+    terminated, truncated = np.zeros((2, ends[-1]), bool)
+    terminated[ends - 1], truncated[ends - 1] = stored["terminated"], stored["truncated"]
     following = np.roll(stored["observations"], -1, axis=0)
     following[ends - 1] = stored["last_observations"]
     fields = {name: stored[name] for name in ("observations", "actions")}

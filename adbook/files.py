@@ -52,5 +52,5 @@ def remove_leftovers(path: Path) -> None:
 
 def content_hash(*parts: Any) -> str:
     """Twelve hexadecimal digits that change with any of `parts` (anything JSON can hold): the name of an artefact."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

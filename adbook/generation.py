@@ -1,7 +1,8 @@
 """Generate learning histories: many source runs, in parallel, on one machine or a cluster, and never twice.
 
-A run's file has a name that is a hash of all that shapes it, and appears in one step when its run has ended. So a call
-that was stopped, or killed, goes on where it was, and several calls on one folder share the work.
+A run's file has a name that is a hash of all that shapes it (task, settings, seed, and whether EnvPool or gymnasium
+steps the environments), and appears in one step when its run has ended. So a call that was stopped, or killed, goes on
+where it was, and several calls on one folder share the work.
 """
 
 import os
@@ -10,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -22,11 +24,12 @@ from tqdm import tqdm
 
 from adbook.files import content_hash, remove_leftovers
 from adbook.histories import SCHEMA, LearningHistory, save_histories
-from adbook.sources import SourceConfig, run_source, source_name
+from adbook.sources import SourceConfig, check_horizon, run_source, source_name
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import simulator
 
 _RECORDING = 3  # raise it when the same settings and seed come to give other histories, so that none goes stale
+_PATIENCE = 10.0  # s, for a file that a worker has written to appear
 _LOSSES = 3  # times that a call starts again after workers were lost, before it gives up
 _one_run = threading.Lock()  # stable-baselines3 draws from global generators: two runs in one process would mix
 
@@ -60,27 +63,32 @@ def record(
         The files, task by task and seed by seed; each holds `config.streams` histories.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; finished files are intact.
-        RuntimeError: workers were lost again and again without a run having finished in between.
+        ValueError: no seed or one that is none, settings too short for an episode, or a worker without this machine's
+            EnvPool (or with one, where this machine has none).
+        OSError: the folder cannot be written, or is not the workers' too, or the disk is full; finished files are
+            intact. ChildProcessError: workers were lost again and again without a run having finished in between.
     """
-    seeds = tuple(seeds)
-    paths = run_paths(family, tasks, config, seeds=seeds, folder=folder)
+    check_horizon(family, config)
+    seeds = _checked_seeds(seeds)
+    paths = run_paths(family, tasks, config, seeds=seeds, folder=Path(folder).absolute())
     runs = dict(zip(paths, [(task, seed) for task in tasks for seed in seeds], strict=True))
     unfinished = [path for path in paths if not path.exists()]
     if not unfinished:
         return paths
     _check_writable(unfinished[0].parent)
-    wait, losses = False, 0
+    wait, losses, stepped_by = False, 0, simulator(family.name)
     with _bar(f"{family.name} {source_name(config)}", unfinished, config.steps, show=progress):
         while missing := [path for path in unfinished if not path.exists()]:
-            jobs = (delayed(_record_run)(family, *runs[path], config, path, wait) for path in missing)
+            jobs = (delayed(_record_run)(family, *runs[path], config, path, stepped_by, wait) for path in missing)
             try:
                 Parallel(n_jobs=n_jobs)(jobs)
+                if wait:
+                    _check_arrived(missing)
                 wait = True  # what is missing now, another process is making: wait for it, or for its end
             except _lost_worker_errors() as error:
                 losses = 1 if any(path.exists() for path in missing) else losses + 1
                 if losses == _LOSSES:
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"workers died {losses} times, and none of {len(missing)} runs was finished ({error!r}); if "
                         "memory is short, lower n_jobs; the same call goes on where it stopped"
                     ) from error
@@ -96,18 +104,36 @@ def run_paths(
     folder: str | os.PathLike = "runs/histories",
 ) -> list[Path]:
     """Return the files that `record` with the same arguments makes, whether or not they are there."""
-    seeds = tuple(seeds)
+    seeds = _checked_seeds(seeds)
     return [_run_path(Path(folder), family, task, config, seed) for task in tasks for seed in seeds]
 
 
 def _run_path(folder: Path, family: TaskFamily, task: Task, config: SourceConfig, seed: int) -> Path:
     source = source_name(config)
-    name = content_hash(SCHEMA, _RECORDING, family.split, asdict(task), source, asdict(config), seed)
+    stepped_by = simulator(family.name)
+    name = content_hash(SCHEMA, _RECORDING, family.split, asdict(task), source, asdict(config), seed, stepped_by)
     return folder / family.name / f"{source.lower()}-{task.split}-{task.index:03d}-seed{seed}-{name}.safetensors"
 
 
-def _record_run(family: TaskFamily, task: Task, seed: int, config: SourceConfig, path: Path, wait: bool) -> None:
+def _checked_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
+    try:
+        checked = tuple(index(seed) for seed in seeds)
+    except TypeError:
+        checked = ()
+    if not checked or min(checked) < 0:
+        raise ValueError(f"seeds={seeds!r} must be whole numbers of at least 0, one or more, such as (0, 1)")
+    return checked
+
+
+def _record_run(
+    family: TaskFamily, task: Task, seed: int, config: SourceConfig, path: Path, stepped_by: str, wait: bool
+) -> None:
     """Make one file, unless it is there, or another process is making it and we are not to wait."""
+    if simulator(family.name) != stepped_by:
+        raise ValueError(
+            f"this worker steps {family.name} with {simulator(family.name)}, whoever asked for it with {stepped_by}; "
+            "install the same version of EnvPool on all machines, or on none"
+        )
     lock = path.with_name(f".{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -137,6 +163,18 @@ def _run_and_save(family: TaskFamily, task: Task, seed: int, config: SourceConfi
     }
     streams = run_source(family, task, config, seed, on_steps=_teller(_steps_file(path)))
     save_histories(path, [LearningHistory(**s, metadata=about | {"stream": i}) for i, s in enumerate(streams)])
+
+
+def _check_arrived(paths: Sequence[Path]) -> None:
+    """Find out that the workers' files are not where ours are; a network's folder may show them a little late."""
+    end = time.monotonic() + _PATIENCE
+    while lost := [path for path in paths if not path.exists()]:
+        if time.monotonic() > end:
+            told = (
+                f"the workers have finished, but {len(lost)} files are not here, the first of them {lost[0]}; give a "
+            )
+            raise OSError(f"{told}folder that every worker sees under the same name")
+        time.sleep(0.1)
 
 
 def _check_writable(folder: Path) -> None:
@@ -173,7 +211,8 @@ def _teller(file: Path) -> Callable[[int], None]:
         nonlocal told
         if time.monotonic() > told + 1:
             told = time.monotonic()
-            file.write_text(str(steps))
+            with suppress(OSError):  # of no importance beside the run itself
+                file.write_text(str(steps))
 
     return tell
 
@@ -217,5 +256,5 @@ def _bar(name: str, paths: Sequence[Path], steps: int, *, show: bool) -> Iterato
 def _steps(path: Path) -> int:
     try:
         return int(_steps_file(path).read_text() or 0)
-    except (FileNotFoundError, ValueError):  # not begun, or over, or just being written
+    except (OSError, ValueError):  # not begun, or over, or just being written
         return 0

@@ -167,11 +167,16 @@ def save_histories(path: str | os.PathLike, histories: Sequence[LearningHistory]
     return write_whole(path, lambda file: file.write_bytes(save(arrays, header)))
 
 
-def _stored(history: LearningHistory) -> dict[str, np.ndarray]:
-    ends = history.terminated | history.truncated
-    inside = ~ends[:-1]
+def check_continuous(history: LearningHistory) -> None:
+    """Raise ValueError if, inside an episode, an observation is not the next one of the step before."""
+    inside = ~(history.terminated | history.truncated)[:-1]
     if not np.array_equal(history.next_observations[:-1][inside], history.observations[1:][inside]):
         raise ValueError(f"next_observations do not continue observations in {history!r}; give whole episodes in order")
+
+
+def _stored(history: LearningHistory) -> dict[str, np.ndarray]:
+    check_continuous(history)
+    ends = history.terminated | history.truncated
     stored = {name: getattr(history, name) for name in _FIELDS if name != "next_observations"}
     return stored | {"last_observations": history.next_observations[ends]}
 

@@ -59,12 +59,13 @@ class Oracle(nn.Module):
         """Show it the goals of the tasks it plays next, in their order; returns itself.
 
         Raises:
-            ValueError: a task of another family.
+            ValueError: no task, or one of another family.
         """
         foreign = sorted({task.family for task in tasks} - {self.family})
-        if foreign:
-            raise ValueError(f"this is the oracle of {self.family}, not of {', '.join(foreign)}; load that one's")
-        self.goals = torch.from_numpy(goal_features(tasks))
+        if foreign or not tasks:
+            told = f"not of {', '.join(foreign)}; load that one's" if foreign else "and no task was given"
+            raise ValueError(f"this is the oracle of {self.family}, {told}")
+        self.goals = torch.from_numpy(goal_features(tasks)).to(self.mean.device)
         return self
 
     def init_state(self, n: int) -> None:
@@ -109,7 +110,9 @@ class Oracle(nn.Module):
         """
         file = FOLDER / f"{path}.safetensors" if not Path(path).suffix else Path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"no oracle at {file}; train one with python -m adbook oracle")
+            there = ", ".join(sorted(p.stem for p in FOLDER.glob("*.safetensors"))) or "none"
+            told = f"no oracle at {file} (committed: {there})"
+            raise FileNotFoundError(f"{told}; train one with python -m adbook oracle --family FAMILY")
         try:
             with safe_open(file, framework="pt") as opened:
                 header = opened.metadata() or {}
@@ -119,7 +122,7 @@ class Oracle(nn.Module):
                 described = json.loads(header["json"])
                 oracle = cls(described["family"], described["hidden"])
                 oracle.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:  # the latter for a tensor that is missing or of another shape
             raise ValueError(f"{file} is damaged or not an oracle ({error}); train it again") from error
         oracle.about = described["about"]
         return oracle.eval()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adbook.datasets import BEST, HISTORIES, check_known, data_path, thinned, write_packed
+from adbook.datasets import BEST, HISTORIES, SPLITS, check_known, data_path, thinned, write_packed
 from adbook.generation import record
 from adbook.histories import read_histories
 from adbook.sources import DroQConfig, PPOConfig, SACConfig, SourceConfig
@@ -81,6 +81,14 @@ def oracle_config(family: str) -> PPOConfig:
     return _ORACLES[family]
 
 
+def check_request(family: str, source: str | None, split: str, tasks: int | None = None) -> None:
+    """Raise ValueError for what `follow` cannot do, before any run."""
+    check_known("split", split, SPLITS)
+    wanted = getattr(recipe(family, source), split)
+    if tasks is not None and not 1 <= tasks <= wanted:
+        raise ValueError(f"tasks={tasks} must be from 1 to {wanted}, the {split} tasks of this recipe")
+
+
 def follow(
     family: str,
     source: str | None = None,
@@ -110,12 +118,10 @@ def follow(
     Raises:
         ValueError: as `recipe`, an unknown split, or more tasks than the recipe has.
     """
+    check_request(family, source, split, tasks)
+    source = (source or BEST[family]).lower()
     chosen, kind = recipe(family, source), task_family(family)
-    check_known("split", split, ("train", "test"))
-    wanted = getattr(chosen, split)
-    if tasks is not None and not 1 <= tasks <= wanted:
-        raise ValueError(f"tasks={tasks} must be from 1 to {wanted}, the {split} tasks of this recipe")
-    members = getattr(kind, f"{split}_tasks")[: tasks or wanted]
+    members = getattr(kind, f"{split}_tasks")[: tasks or getattr(chosen, split)]
     paths = record(kind, members, chosen.config, folder=folder, n_jobs=n_jobs)
     if tasks is not None:
         return None
@@ -124,4 +130,4 @@ def follow(
         for path in paths
         for i, history in enumerate(read_histories(path)[: chosen.streams])
     ]
-    return write_packed(data_path(family, source or BEST[family], split, into), kept, made or {})
+    return write_packed(data_path(family, source, split, into), kept, made or {})

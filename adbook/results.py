@@ -11,7 +11,7 @@ number in the book is drawn from these files or made on the page.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def source_scores(episodes: int = 20, *, folder: str | os.PathLike = HISTORIES) 
 
     Returns:
         JSON: "families" by family, each with "random" and "oracle" by split, mean returns (tasks,); "sources" by
-        source and split: "start" and "end", mean returns of a run's first and last tenth of episodes (tasks,), "score"
-        of the end (tasks,), and the "config".
+        source and split: "start" and "end", mean returns of the first and last tenth of episodes of a run's streams
+        (tasks,), "score" of the end (tasks,), and the "config" that the histories were made with.
     """
     families = {}
     for name, recipes in RECIPES.items():
@@ -116,18 +116,23 @@ def _family_scores(
             played = rollout(policy, kind, tasks, episodes=episodes, deterministic=end == "oracle")
             scores[end][split] = played.returns.mean(1)
     for source, split in there:
-        runs = source_returns(load_histories(name, source=source, split=split, folder=folder))
-        start = np.array([r[:, : max(1, r.shape[1] // 10)].mean() for r in runs])
-        end = np.array([r[:, -max(1, r.shape[1] // 10) :].mean() for r in runs])
+        histories = load_histories(name, source=source, split=split, folder=folder)
+        runs = source_returns(histories)
+        start = np.array([np.mean([r[: max(1, len(r) // 10)].mean() for r in streams]) for streams in runs])
+        end = np.array([np.mean([r[-max(1, len(r) // 10) :].mean() for r in streams]) for streams in runs])
         ends = (scores[bound][split][: len(runs)] for bound in ("random", "oracle"))
         numbers = {"end": end, "score": metrics.normalized_score(end, *ends), "start": start}
-        scores["sources"].setdefault(source, {"config": asdict(RECIPES[name][source].config)})[split] = numbers
+        scores["sources"].setdefault(source, {"config": histories[0].metadata["config"]})[split] = numbers
     return scores
 
 
 def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -> Path:
     """Write the numbers of `source_scores` into the data set's card, README.md, between its two marks."""
     card = Path(folder) / "README.md"
+    before, _, rest = card.read_text().partition(_CARD_MARKS[0])
+    _, found, after = rest.partition(_CARD_MARKS[1])
+    if not found:
+        raise ValueError(f"{card} has lost the marks of its table; put these two lines back: {' '.join(_CARD_MARKS)}")
     head = [
         "family",
         "source",
@@ -153,20 +158,43 @@ def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -
                 rows[-1] += [f"{np.mean(end):.1f}", f"{np.min(end):.1f}", f"{np.mean(score):.2f}"]
                 rows[-1] += [f"{np.mean(np.array(score) >= SOLVED):.0%}"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    before, rest = card.read_text().split(_CARD_MARKS[0])
-    text = f"{before}{_CARD_MARKS[0]}\n{table}\n{_CARD_MARKS[1]}{rest.split(_CARD_MARKS[1])[1]}"
+    text = f"{before}{_CARD_MARKS[0]}\n{table}\n{_CARD_MARKS[1]}{after}"
     return write_whole(card, lambda file: file.write_text(text))
 
 
-def source_returns(histories: Sequence[LearningHistory]) -> list[np.ndarray]:
-    """Return the episode returns of each whole source run of the data set, task by task: (streams, episodes) each.
+def source_returns(histories: Sequence[LearningHistory]) -> list[list[np.ndarray]]:
+    """Return the returns of all episodes of the data set's source runs: by task, by stream, (episodes,).
 
-    The streams of a run are cut to the shortest: where episodes can end early, some hold more of them.
+    Where episodes can end early, streams differ in their number.
     """
-    runs: dict[int, list[list[float]]] = {}
+    runs: dict[int, list[np.ndarray]] = {}
     for history in histories:
-        runs.setdefault(history.metadata["task"]["index"], []).append(history.metadata["source_returns"])
-    return [np.array([r[: min(map(len, streams))] for r in streams]) for streams in runs.values()]
+        runs.setdefault(history.metadata["task"]["index"], []).append(np.array(history.metadata["source_returns"]))
+    return list(runs.values())
+
+
+def source_curves(histories: Sequence[LearningHistory], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Put the returns of the data set's source runs on one axis of environment steps.
+
+    Args:
+        histories: of one source and split.
+        points: of the axis.
+
+    Returns:
+        Steps of all environments of a run (points,), and returns (histories, points): each the mean of the episodes
+        that ended in the stretch before it, or the last before that, where none did.
+    """
+    config = histories[0].metadata["config"]
+    steps = config["steps"] * (1 + np.arange(points)) / points
+    curves = np.empty((len(histories), points))
+    for curve, history in zip(curves, histories, strict=True):
+        returns, lengths = (np.array(history.metadata[f"source_{name}"]) for name in ("returns", "lengths"))
+        ended = np.searchsorted(steps, config["n_envs"] * lengths.cumsum() - 1e-9)  # the stretch of each episode
+        for i in range(points):
+            before = np.flatnonzero(ended <= i)
+            here = returns[ended == i]
+            curve[i] = here.mean() if len(here) else returns[before[-1]] if len(before) else returns[0]
+    return steps, curves
 
 
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:

@@ -45,6 +45,8 @@ class PPOConfig:
         _check(self, shares=("gamma", "gae_lambda"))
         if not np.isfinite(self.log_std_init):
             raise ValueError(f"log_std_init={self.log_std_init} must be a finite number")
+        if self.batch_size < 2:
+            raise ValueError("batch_size=1 must be at least 2: PPO normalises the advantages of a batch")
         if (self.n_envs * self.n_steps) % self.batch_size:
             total = self.n_envs * self.n_steps
             raise ValueError(f"batch_size={self.batch_size} must divide n_envs * n_steps = {total}")
@@ -106,9 +108,10 @@ class SACConfig:
 
     def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
         """Return the algorithm, ready to learn in `vector`."""
-        return SAC("MlpPolicy", vector, **self._options(seed))
+        return SAC("MlpPolicy", vector, **self.options(seed))
 
-    def _options(self, seed: int) -> dict:
+    def options(self, seed: int) -> dict:
+        """Return the settings under the names of stable-baselines3's arguments."""
         return {
             "learning_rate": self.learning_rate,
             "buffer_size": self.steps_each * self.n_envs,
@@ -145,7 +148,9 @@ class DroQConfig(SACConfig):
 
     def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
         """Return the algorithm, ready to learn in `vector`."""
-        return DroQ(vector, dropout=self.dropout, **self._options(seed))
+        options = self.options(seed)
+        options["policy_kwargs"] |= {"dropout": self.dropout}
+        return DroQ("MlpPolicy", vector, **options)
 
 
 SourceConfig = PPOConfig | SACConfig | DroQConfig
@@ -154,8 +159,10 @@ _FUSED = {"optimizer_kwargs": {"fused": True}}  # one kernel for all weights of 
 
 def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
     for name in at_least_1:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)!r} must be a whole number of at least 1")
+    if not isinstance(config.hidden, tuple) or not all(isinstance(w, int) and w >= 1 for w in config.hidden):
+        raise ValueError(f"hidden={config.hidden!r} must be a tuple of layer widths of at least 1, such as (64, 64)")
     for name in shares:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} must be from 0 to 1")
@@ -181,13 +188,27 @@ def run_source(
 
     `on_steps` is told every now and then how many environment steps have been made.
 
+    Raises:
+        ValueError: the settings do not give every environment one whole episode.
+
     The same arguments give the same streams on the same machine. Torch is left on one thread: networks this small
     run fastest so, and tasks are run in parallel.
     """
+    check_horizon(family, config)
     dice = _dice(task, seed)
-    vector = TaskVector(family, [task] * config.n_envs, seed=dice, capacity=config.steps_each)
+    recorded = {"capacity": config.steps_each, "streams": config.streams}
+    vector = TaskVector(family, [task] * config.n_envs, seed=dice, **recorded)
     learn(vector, config, dice, on_steps=on_steps)
-    return vector.streams(config.streams)
+    return vector.streams
+
+
+def check_horizon(family: TaskFamily, config: SourceConfig) -> None:
+    """Raise ValueError if the settings do not give every environment one whole episode."""
+    if config.steps_each < family.horizon:
+        raise ValueError(
+            f"steps={config.steps} over {config.n_envs} environments are {config.steps_each} steps each, less than an "
+            f"episode of {family.name} ({family.horizon}); raise steps or lower n_envs"
+        )
 
 
 def learn(
@@ -197,14 +218,19 @@ def learn(
     *,
     on_steps: Callable[[int], None] = lambda steps: None,
 ) -> BaseAlgorithm:
-    """Let the algorithm of `config` learn in `vector`, close it, and return the algorithm."""
+    """Let the algorithm of `config` learn in `vector`, close it, and return the algorithm.
+
+    Stable-baselines3 draws from the global generators of random, numpy and torch, which are seeded with `seed`.
+    """
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*GPU.*")  # stable-baselines3's advice on devices
-        model = config.build(vector, seed)
-    model.set_logger(Logger(folder=None, output_formats=[]))
-    model.learn(config.steps_each * config.n_envs, callback=_Tell(on_steps))
-    vector.close()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*GPU.*")  # stable-baselines3's advice on devices
+            model = config.build(vector, seed)
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        model.learn(config.steps_each * config.n_envs, callback=_Tell(on_steps))
+    finally:
+        vector.close()
     return model
 
 

@@ -32,7 +32,7 @@ class Windows:
         """Prepare to draw from `histories`; `horizon` is the most steps an episode can have.
 
         Raises:
-            ValueError: no history was given, or one is too short for the context.
+            ValueError: no history was given, one is too short for the context, or an episode is longer than `horizon`.
         """
         if not histories:
             raise ValueError("no history was given; record some with adbook.generation.record")
@@ -40,6 +40,9 @@ class Windows:
         needed = config.episodes * config.every
         self._episodes = [history.episodes for history in histories]
         for history, episodes in zip(histories, self._episodes, strict=True):
+            longest = max(e.stop - e.start for e in episodes)
+            if longest > horizon:
+                raise ValueError(f"horizon={horizon} is shorter than an episode of {longest} steps of {history!r}")
             if len(episodes) < needed:
                 raise ValueError(
                     f"a context of {config.episodes} episodes, one in {config.every}, needs {needed} episodes, but "

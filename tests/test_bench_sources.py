@@ -12,6 +12,7 @@ from adbook import bench_sources
 from adbook.droq import DroQ
 from adbook.recipes import RECIPES, Recipe
 from adbook.sources import DroQConfig, PPOConfig
+from adbook.vectors import simulator
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_speeds_are_told_beside_the_defaults_of_stable_baselines3(monkeypatch):
     reacher = measured["reacher-goal"]
     assert reacher["ratio"] == pytest.approx(reacher["steps_per_second"] / reacher["default_steps_per_second"])
     assert min(reacher[key] for key in ("steps_per_second", "default_steps_per_second")) > 0
-    assert reacher["simulator"] == "envpool"
+    assert reacher["simulator"] == simulator("reacher-goal")
 
 
 def test_droq_is_compared_with_a_peer_of_the_same_settings(monkeypatch):
@@ -41,7 +42,7 @@ def test_droq_is_compared_with_a_peer_of_the_same_settings(monkeypatch):
 
     def peer(policy, env, *, policy_delay, policy_kwargs, **options):
         asked.update(options, policy_delay=policy_delay, policy_kwargs=policy_kwargs)
-        return DroQ(env, **options)
+        return DroQ("MlpPolicy", env, **options)
 
     monkeypatch.setitem(sys.modules, "sbx", SimpleNamespace(SAC=peer))
     small = DroQConfig(updates=3, learning_starts=350, batch_size=8, dropout=0.02)
@@ -51,7 +52,7 @@ def test_droq_is_compared_with_a_peer_of_the_same_settings(monkeypatch):
     assert result["end"] == pytest.approx(np.mean([curve[-1] for curve in result["returns"]]))
     assert asked["policy_delay"] == asked["gradient_steps"] == 3
     assert asked["policy_kwargs"] == {"net_arch": [64, 64], "dropout_rate": 0.02, "layer_norm": True}
-    ours = replace(small, steps=400)._options(1)
+    ours = replace(small, steps=400).options(1)
     assert {key: value for key, value in asked.items() if not key.startswith("policy")} == {
         key: value for key, value in ours.items() if not key.startswith("policy")
     }

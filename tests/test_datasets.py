@@ -3,8 +3,9 @@
 
 import io
 import json
+import re
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_histories import ARRAYS, make_history
 
 import adbook
 from adbook import results
+from adbook.__main__ import main
 from adbook.datasets import BEST, HISTORIES, SPLITS, data_path, load_histories, read_packed, thinned, write_packed
 from adbook.histories import HistoryFileError, LearningHistory
 from adbook.recipes import RECIPES, Recipe, follow, oracle_config, recipe
@@ -79,6 +81,7 @@ def test_thinning_keeps_the_first_and_spans_the_run(total, wanted, every):
     assert kept.observations[0, 0] == 0
     assert len(kept.episodes) <= max(wanted, 1)
     assert kept.metadata["source_returns"] == history.episode_returns.tolist()
+    assert kept.metadata["source_lengths"] == [3] * total
     assert "source_returns" not in history.metadata
 
 
@@ -200,11 +203,42 @@ def test_following_a_recipe_records_and_packs(tmp_path, small):
     assert [len(h.episodes) for h in histories] == [3, 3, 3, 3]  # one in three of eight, from episodes 0 and 1 on
     assert all(len(h.metadata["source_returns"]) == 8 for h in histories)
     tested = adbook.load_histories("reacher-goal", source="PPO", split="test", folder=tmp_path / "set")
+    assert follow("reacher-goal", "PPO", "test", **where) == data_path("reacher-goal", "ppo", "test", tmp_path / "set")
     assert {h.metadata["task"]["split"] for h in tested} == {"test"}
     with pytest.raises(ValueError, match="tasks=3 must be from 1 to 2, the train tasks"):
         follow("reacher-goal", tasks=3, **where)
     with pytest.raises(ValueError, match="unknown split 'ood'"):
         follow("reacher-goal", split="ood", **where)
+
+
+def test_the_command_refuses_before_any_run_what_it_cannot_do(small, monkeypatch, capsys):
+    monkeypatch.setattr("adbook.recipes.follow", None)
+    ask = ["histories", "--family", "reacher-goal", "--source", "PPO"]
+    for wrong, told in (
+        (["--split", "train", "tets"], "'tets' .did you mean 'test'"),
+        (["--tasks", "2"], "1, the test"),
+    ):
+        assert main([*ask, *wrong]) == 2
+        assert re.search(told, capsys.readouterr().err)
+
+
+def test_curves_of_runs_whose_episodes_end_early_share_their_steps():
+    """Two environments, 12 steps of each: episodes of 2, 2, 8 steps, and one of 12."""
+    about = {"config": {"steps": 24, "n_envs": 2}}
+    one = replace(noisy(), metadata=about | {"source_returns": [1.0, 3.0, 5.0], "source_lengths": [2, 2, 8]})
+    two = replace(noisy(), metadata=about | {"source_returns": [7.0], "source_lengths": [12]})
+    steps, curves = results.source_curves([one, two], points=6)
+    assert steps.tolist() == [4, 8, 12, 16, 20, 24]
+    assert curves.tolist() == [[1, 3, 3, 3, 3, 5], [7] * 6]
+    assert results.source_curves([one], points=3)[1].tolist() == [
+        [2, 3, 5]
+    ]  # 8, 16, 24: the mean of two, the one before, the last
+
+
+def test_a_card_without_its_marks_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing\n")
+    with pytest.raises(ValueError, match="has lost the marks of its table"):
+        results.update_card({"families": {}}, tmp_path)
 
 
 class Reach(torch.nn.Module):
@@ -233,8 +267,10 @@ def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, smal
     scores = results.source_scores(episodes=4, folder=tmp_path)["families"]["reacher-goal"]
     train = scores["sources"]["ppo"]["train"]
     runs = results.source_returns(load_histories("reacher-goal", folder=tmp_path))
-    assert [run.shape for run in runs] == [(2, 8)] * 2  # streams, episodes
-    expected = [run[:, -1].mean() for run in runs]  # the last tenth of eight episodes is one
+    assert [[len(stream) for stream in streams] for streams in runs] == [[8, 8]] * 2  # tasks, streams, episodes
+    expected = [
+        np.mean([stream[-1] for stream in streams]) for streams in runs
+    ]  # the last tenth of eight episodes is one
     np.testing.assert_allclose(train["end"], expected)
     bounds = scores["random"]["train"], scores["oracle"]["train"]
     np.testing.assert_allclose(train["score"], (expected - bounds[0]) / (bounds[1] - bounds[0]), rtol=1e-5)

@@ -20,6 +20,7 @@ from adbook import generation
 from adbook.generation import record, run_paths
 from adbook.histories import LearningHistory, read_histories
 from adbook.sources import DroQConfig, PPOConfig, SACConfig
+from adbook.vectors import simulator
 
 CONFIGS = (
     PPOConfig(steps=400, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1),
@@ -58,8 +59,8 @@ def test_recording_makes_a_file_a_task_and_seed_in_order(tmp_path, toy_source):
     assert numbers == [0, 5, 100, 105, 200, 205]
     about = LearningHistory.load(paths[3]).metadata
     assert (about["task"]["index"], about["seed"], about["config"]["steps"]) == (1, 5, 100)
-    assert (about["source"], about["simulator"]) == ("PPO", "envpool")
-    assert {"gymnasium", "mujoco", "torch", "envpool"} <= set(about["versions"])
+    assert (about["source"], about["simulator"]) == ("PPO", simulator("reacher-goal"))
+    assert {"gymnasium", "mujoco", "torch", about["simulator"]} <= set(about["versions"])
     assert files(tmp_path) == sorted(path.name for path in paths)
 
 
@@ -115,6 +116,44 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_run(tmp_p
     assert toy_source == []
 
 
+@pytest.mark.parametrize("seeds", [(), (-1,), 3, (0.5,), ("one",)])
+def test_seeds_that_are_none_are_refused(tmp_path, toy_source, seeds):
+    with pytest.raises(ValueError, match="must be whole numbers of at least 0, one or more"):
+        record(FAMILY, FAMILY.train_tasks[:1], TINY, seeds=seeds, folder=tmp_path, progress=False)
+    assert toy_source == []
+
+
+def test_numpys_seeds_are_seeds(tmp_path, toy_source):
+    seeds = {"seeds": np.arange(2), "folder": tmp_path}
+    paths = record(FAMILY, FAMILY.train_tasks[:1], TINY, **seeds, n_jobs=1, progress=False)
+    assert paths == run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, seeds=(0, 1), folder=tmp_path)
+    assert all(path.exists() for path in paths)
+
+
+def test_settings_too_short_for_an_episode_are_refused_before_the_run(tmp_path, toy_source):
+    short = PPOConfig(steps=40, n_envs=1, streams=1, n_steps=40, batch_size=40)
+    with pytest.raises(ValueError, match="steps=40 over 1 environments are 40 steps each"):
+        record(FAMILY, FAMILY.train_tasks[:1], short, folder=tmp_path, progress=False)
+
+
+def test_workers_that_write_elsewhere_are_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "_record_run", lambda *arguments: None)
+    monkeypatch.setattr(generation, "_PATIENCE", 0.2)
+    with pytest.raises(OSError, match=r"6 files are not here, .*give a folder that every worker sees"):
+        record_toy(tmp_path)
+
+
+def test_a_relative_folder_is_the_callers(tmp_path, toy_source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert record_toy("here") == run_paths(FAMILY, FAMILY.train_tasks[:3], TINY, seeds=(0, 5), folder=tmp_path / "here")
+
+
+def test_a_worker_with_another_simulator_is_refused(tmp_path, monkeypatch):
+    path = run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path)[0]
+    with pytest.raises(ValueError, match=r"this worker steps reacher-goal with .*, whoever asked for it with another"):
+        generation._record_run(FAMILY, FAMILY.train_tasks[0], 0, TINY, path, "another", False)
+
+
 def test_what_killed_processes_left_is_taken_away(tmp_path, toy_source):
     first = run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path)[0]
     first.parent.mkdir(parents=True)
@@ -126,9 +165,17 @@ def test_what_killed_processes_left_is_taken_away(tmp_path, toy_source):
 
 PROGRAM = """
 import sys
-import adbook
+from adbook import generation
 from adbook.generation import record
 from test_generation import CONFIGS, FAMILY
+
+plain = generation._run_and_save
+def told(family, task, *arguments):
+    print("made", task.index, flush=True)
+    plain(family, task, *arguments)
+
+if sys.argv[3] == "1":
+    generation._run_and_save = told
 record(FAMILY, FAMILY.train_tasks[:int(sys.argv[2])], CONFIGS[0], folder=sys.argv[1], n_jobs=int(sys.argv[3]))
 """
 
@@ -208,7 +255,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
     paths = run_paths(FAMILY, FAMILY.train_tasks[:4], CONFIGS[0], folder=tmp_path)
     process = start(tmp_path, tasks=4)
     wait_for(paths[0].exists)
-    wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)) or all(p.exists() for p in paths))
+    wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     finished = {path: path.read_bytes() for path in paths if path.exists()}
@@ -229,6 +276,8 @@ def test_two_processes_share_the_work(tmp_path):
     paths = run_paths(FAMILY, FAMILY.train_tasks[:6], CONFIGS[0], folder=tmp_path)
     assert files(tmp_path) == sorted(path.name for path in paths)
     assert all(len(read_histories(path)) == 2 for path in paths)
+    made = [int(number) for output in outputs for number in re.findall(r"made (\d)", output)]
+    assert sorted(made) == list(range(6))  # each of them once
 
 
 def test_a_run_that_another_process_is_making_is_waited_for(tmp_path, toy_source):
@@ -271,7 +320,7 @@ def test_workers_that_die_again_and_again_end_it(tmp_path, monkeypatch):
         raise generation.BrokenProcessPool("killed")
 
     monkeypatch.setattr(generation, "_record_run", lost)
-    with pytest.raises(RuntimeError, match=r"workers died 3 times, and none of 6 runs was finished.*lower n_jobs"):
+    with pytest.raises(ChildProcessError, match=r"workers died 3 times, and none of 6 runs was finished.*lower n_jobs"):
         record_toy(tmp_path)
 
 
@@ -307,6 +356,10 @@ def test_a_run_in_progress_is_part_of_the_bar(tmp_path):
     tell(50)  # within the same second: not written
     assert generation._steps(path) == 40
     generation._steps_file(path).write_text("")  # just being written
+    assert generation._steps(path) == 0
+    generation._teller(tmp_path / "nowhere" / "file")(3)  # cannot be written: of no importance to the run
+    generation._steps_file(path).unlink()
+    generation._steps_file(path).mkdir()  # an error of the file system, as a network's may have
     assert generation._steps(path) == 0
 
 

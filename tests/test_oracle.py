@@ -85,6 +85,8 @@ def test_mistakes_are_told(tmp_path):
     oracle = Oracle("reacher-goal", (4,))
     with pytest.raises(ValueError, match="oracle of reacher-goal, not of ant-dir"):
         oracle.show(adbook.family("ant-dir").test_tasks)
+    with pytest.raises(ValueError, match="no task was given"):
+        oracle.show([])
     with pytest.raises(ValueError, match=r"2 tasks are played but 0 goals shown; call show"):
         oracle.init_state(2)
     with pytest.raises(ValueError, match="normalize=False"):

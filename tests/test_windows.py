@@ -75,3 +75,8 @@ def test_windows_need_histories_and_positive_settings():
         Windows([], WindowConfig(), 3)
     with pytest.raises(ValueError, match="episodes=0 and every=10"):
         WindowConfig(episodes=0)
+
+
+def test_a_horizon_shorter_than_an_episode_is_refused():
+    with pytest.raises(ValueError, match="horizon=2 is shorter than an episode of 3 steps"):
+        cut([make_history()], horizon=2, episodes=3, every=4)
