@@ -66,7 +66,8 @@ def record(
         ValueError: no seed or one that is none, settings too short for an episode, or a worker without this machine's
             EnvPool (or with one, where this machine has none).
         OSError: the folder cannot be written, or is not the workers' too, or the disk is full; finished files are
-            intact. ChildProcessError: workers were lost again and again without a run having finished in between.
+            intact.
+        ChildProcessError: workers were lost again and again without a run having finished in between.
     """
     check_horizon(family, config)
     seeds = _checked_seeds(seeds)

@@ -91,7 +91,7 @@ class Oracle(nn.Module):
         seen = (torch.cat((observation, self.goals), 1) - self.mean) / self.scale
         action = self.net(seen.clamp(-10, 10))
         if not deterministic:
-            action = action + self.log_std.exp() * torch.randn(action.shape, generator=generator)
+            action = action + self.log_std.exp() * torch.randn(action.shape, generator=generator, device=action.device)
         return action, state
 
     def save(self, path: str | os.PathLike) -> Path:

@@ -130,22 +130,10 @@ def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -
     """Write the numbers of `source_scores` into the data set's card, README.md, between its two marks."""
     card = Path(folder) / "README.md"
     before, _, rest = card.read_text().partition(_CARD_MARKS[0])
-    _, found, after = rest.partition(_CARD_MARKS[1])
-    if not found:
+    _, closed, after = rest.partition(_CARD_MARKS[1])
+    if not closed:
         raise ValueError(f"{card} has lost the marks of its table; put these two lines back: {' '.join(_CARD_MARKS)}")
-    head = [
-        "family",
-        "source",
-        "split",
-        "tasks",
-        "histories",
-        "kept",
-        "MB",
-        "end: mean",
-        "worst",
-        "score: mean",
-        "solved",
-    ]
+    head = "family|source|split|tasks|histories|kept|MB|end: mean|worst|score: mean|solved".split("|")
     rows = [head, ["---"] * 3 + ["---:"] * 8]
     for name, found in scores["families"].items():
         for source, splits in found["sources"].items():

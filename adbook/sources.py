@@ -88,9 +88,7 @@ class SACConfig:
     learning_rate: float = 1e-3
     gamma: float = 0.95
     tau: float = 0.01  # the target critics' step towards the critics
-    temperature: float = (
-        0.1  # the entropy's weight at the start; from 1 it takes thousands of steps to fall to a reward's
-    )
+    temperature: float = 0.1  # the entropy's weight at the start; from 1 it takes thousands of steps to fall
     hidden: tuple[int, ...] = (64, 64)  # of the policy and of each critic
 
     def __post_init__(self):
@@ -186,13 +184,12 @@ def run_source(
 ) -> list[Stream]:
     """Learn `task` with the algorithm of `config` and return the recorded streams, `config.streams` of them.
 
-    `on_steps` is told every now and then how many environment steps have been made.
+    `on_steps` is told every now and then how many environment steps have been made. The same arguments give the same
+    streams on the same machine. Torch is left on one thread: networks this small run fastest so, and tasks are run in
+    parallel.
 
     Raises:
         ValueError: the settings do not give every environment one whole episode.
-
-    The same arguments give the same streams on the same machine. Torch is left on one thread: networks this small
-    run fastest so, and tasks are run in parallel.
     """
     check_horizon(family, config)
     dice = _dice(task, seed)
