@@ -133,8 +133,8 @@ def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -
     _, closed, after = rest.partition(_CARD_MARKS[1])
     if not closed:
         raise ValueError(f"{card} has lost the marks of its table; put these two lines back: {' '.join(_CARD_MARKS)}")
-    head = "family|source|split|tasks|histories|kept|MB|end: mean|worst|score: mean|solved".split("|")
-    rows = [head, ["---"] * 3 + ["---:"] * 8]
+    names, numbers = ["family", "source", "split"], ["tasks", "histories", "kept", "MB", "end: mean", "worst"]
+    rows = [[*names, *numbers, "score: mean", "solved"], ["---"] * 3 + ["---:"] * 8]
     for name, found in scores["families"].items():
         for source, splits in found["sources"].items():
             for split in (s for s in SPLITS if s in splits):
