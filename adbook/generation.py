@@ -74,6 +74,8 @@ def record(
     paths = run_paths(family, tasks, config, seeds=seeds, folder=Path(folder).absolute())
     runs = dict(zip(paths, [(task, seed) for task in tasks for seed in seeds], strict=True))
     unfinished = [path for path in paths if not path.exists()]
+    for path in set(paths) - set(unfinished):
+        _lock_file(path).unlink(missing_ok=True)  # of a process killed just after it had written the file
     if not unfinished:
         return paths
     _check_writable(unfinished[0].parent)
@@ -135,7 +137,7 @@ def _record_run(
             f"this worker steps {family.name} with {simulator(family.name)}, whoever asked for it with {stepped_by}; "
             "install the same version of EnvPool on all machines, or on none"
         )
-    lock = path.with_name(f".{path.name}.lock")
+    lock = _lock_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _one_run, FileLock(lock, blocking=wait):
@@ -197,6 +199,11 @@ def _lost_worker_errors() -> tuple[type[Exception], ...]:
 
         errors.append(KilledWorker)
     return tuple(errors)
+
+
+def _lock_file(path: Path) -> Path:
+    """What a process holds while it makes a run's file."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _steps_file(path: Path) -> Path:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import joblib
@@ -174,20 +175,19 @@ def told(family, task, *arguments):
     print("made", task.index, flush=True)
     plain(family, task, *arguments)
 
-if sys.argv[3] == "1":
-    generation._run_and_save = told
-record(FAMILY, FAMILY.train_tasks[:int(sys.argv[2])], CONFIGS[0], folder=sys.argv[1], n_jobs=int(sys.argv[3]))
+generation._run_and_save = told
+record(FAMILY, FAMILY.train_tasks[:int(sys.argv[2])], CONFIGS[0], folder=sys.argv[1], n_jobs=1)
 """
 
 
-def start(folder, tasks, n_jobs=1, **options) -> subprocess.Popen:
+def start(*arguments, program=PROGRAM, **options) -> subprocess.Popen:
     """Record in a process of its own, which leads its process group."""
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(tasks), str(n_jobs)]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes, **options)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen in time"
@@ -216,34 +216,51 @@ def assert_same_histories(paths, others):
             assert_equal(one, two)
 
 
-def test_two_workers_make_what_one_makes(alone, tmp_path):
-    assert_same_histories(alone, record_all(tmp_path, n_jobs=2))
+@contextmanager
+def cluster(backend):
+    """Within it joblib has two workers of a backend, which run on this machine."""
+    if backend == "loky":
+        yield
+    elif backend == "dask":
+        from distributed import Client, LocalCluster
 
+        local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+        with LocalCluster(**local) as made, Client(made), joblib.parallel_config("dask"):
+            yield
+    else:
+        import ray
+        from ray.util.joblib import register_ray
 
-@pytest.mark.filterwarnings("ignore")  # of the cluster's own, about its dashboard, its pools and its forks
-def test_dask_makes_the_same(alone, tmp_path):
-    from distributed import Client, LocalCluster
-
-    local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with LocalCluster(**local) as cluster, Client(cluster), joblib.parallel_config("dask"):
-        made = record_all(tmp_path)
-    assert_same_histories(alone, made)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_ray_makes_the_same(alone, tmp_path, monkeypatch):
-    import ray
-    from ray.util.joblib import register_ray
-
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray lets its workers give way to everything else
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    register_ray()
-    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        register_ray()
         with joblib.parallel_config("ray"):
-            made = record_all(tmp_path)
-    finally:
+            yield
         ray.shutdown()
-    assert_same_histories(alone, made)
+
+
+@pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
+def test_workers_make_what_one_process_makes_though_one_of_them_is_killed(alone, tmp_path, backend):
+    program = "import sys; from test_generation import cluster, record_all\n"
+    program += "with cluster(sys.argv[2]): record_all(sys.argv[1])"
+    environment = os.environ | {"RAY_worker_niceness": "0"}  # Ray lets its workers give way to everything else
+    process = start(tmp_path, backend, program=program, env=environment)
+
+    def busy():
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if any(file.path.endswith(".lock") for file in open_files(child, tmp_path))]
+
+    wait_for(busy)[0].kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same_histories(alone, [tmp_path / path.relative_to(path.parents[1]) for path in alone])
+    assert len(files(tmp_path)) == len(alone)
+
+
+def open_files(process, folder):
+    try:
+        return [file for file in process.open_files() if Path(file.path).is_relative_to(folder)]
+    except psutil.Error:  # it has ended meanwhile
+        return []
 
 
 def test_threads_of_one_process_do_not_mix_their_dice(alone, tmp_path):
@@ -253,7 +270,7 @@ def test_threads_of_one_process_do_not_mix_their_dice(alone, tmp_path):
 
 def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
     paths = run_paths(FAMILY, FAMILY.train_tasks[:4], CONFIGS[0], folder=tmp_path)
-    process = start(tmp_path, tasks=4)
+    process = start(tmp_path, 4)
     wait_for(paths[0].exists)
     wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)))
     os.killpg(process.pid, signal.SIGKILL)
@@ -261,7 +278,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
     finished = {path: path.read_bytes() for path in paths if path.exists()}
     for path in finished:
         assert len(read_histories(path)) == 2
-    again = start(tmp_path, tasks=4)
+    again = start(tmp_path, 4)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
     assert f"{4 - len(finished)}/{4 - len(finished)} runs" in output
@@ -270,7 +287,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
 
 
 def test_two_processes_share_the_work(tmp_path):
-    processes = [start(tmp_path, tasks=6) for _ in range(2)]
+    processes = [start(tmp_path, 6) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     paths = run_paths(FAMILY, FAMILY.train_tasks[:6], CONFIGS[0], folder=tmp_path)
@@ -286,6 +303,7 @@ def test_a_run_that_another_process_is_making_is_waited_for(tmp_path, toy_source
     path.parent.mkdir(parents=True)
     program = f"""
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock
 with FileLock({str(path.with_name(f".{path.name}.lock"))!r}):
@@ -298,21 +316,6 @@ with FileLock({str(path.with_name(f".{path.name}.lock"))!r}):
         record(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path, n_jobs=1, progress=False)
     assert path.read_bytes() == b"the other's"
     assert toy_source == []
-
-
-def test_a_lost_worker_is_replaced(tmp_path):
-    process = start(tmp_path, tasks=4, n_jobs=2)
-    paths = run_paths(FAMILY, FAMILY.train_tasks[:4], CONFIGS[0], folder=tmp_path)
-
-    def workers():
-        lines = ((child, " ".join(child.cmdline())) for child in psutil.Process(process.pid).children(recursive=True))
-        return [child for child, line in lines if "loky.backend.popen_loky" in line]
-
-    wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)) and workers())
-    workers()[0].kill()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert files(tmp_path) == sorted(path.name for path in paths)
 
 
 def test_workers_that_die_again_and_again_end_it(tmp_path, monkeypatch):
@@ -329,7 +332,7 @@ def test_a_full_disk_ends_with_a_clear_message_and_intact_files(tmp_path):
     before = whole[0].read_bytes()
     small = len(before) // 2  # no file may be larger: the system refuses the write as it does on a full disk
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))}
-    process = start(tmp_path, tasks=2, **limit)
+    process = start(tmp_path, 2, **limit)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(r"no space left to write .*train-001.*what was finished before is intact: free some", output), (
