@@ -31,7 +31,7 @@ book: $(READY)
 test: $(SCALE)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 parity: .parity/.ready
 	@PYTHONPATH=.parity $(BIN)/python -m pytest tests/parity_mamba_ssm.py

@@ -41,8 +41,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "pusher-goal": {"ppo": Recipe(replace(_FAR, steps=240_000), train=40, streams=2)},
     "half-cheetah-vel": {
         "ppo": Recipe(replace(_FAR, steps=500_000, log_std_init=-1.0), train=40),
-        "sac": Recipe(replace(_FREE, steps=40_000), test=8, episodes=12),
-        "droq": Recipe(DroQConfig(steps=10_000, gamma=0.98, learning_starts=400, temperature=1.0), test=8, episodes=12),
+        "sac": Recipe(replace(_FREE, steps=40_000), test=8, episodes=10),
+        "droq": Recipe(DroQConfig(steps=10_000, gamma=0.98, learning_starts=400, temperature=1.0), test=8, episodes=10),
     },
     "ant-dir": {"ppo": Recipe(replace(_FAR, steps=1_000_000), train=40)},
 }
