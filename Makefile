@@ -31,7 +31,7 @@ book: $(READY)
 test: $(SCALE)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	@$(BIN)/python -m pytest
 
 parity: .parity/.ready
 	@PYTHONPATH=.parity $(BIN)/python -m pytest tests/parity_mamba_ssm.py

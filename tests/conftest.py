@@ -85,14 +85,6 @@ def open_page(browser, tmp_path):
     assert [t for t in troubles if not t.startswith("blob:")] == []
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Several processes share the tests by modules, which have costly fixtures, and what reads the book goes to one."""
-    for item in items:
-        group = "book" if "smoke_book" in item.fixturenames else item.module.__name__
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_sessionfinish(session):
     """Under CI a skipped test fails the run: what is not tested there is tested nowhere."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
