@@ -69,7 +69,7 @@ _ORACLES = {
     "reacher-goal": replace(_ORACLE, steps=3_000_000, gamma=0.95),
     "pusher-goal": replace(_ORACLE, steps=5_000_000),
     "half-cheetah-vel": replace(_ORACLE, steps=6_000_000),
-    "ant-dir": replace(_ORACLE, steps=8_000_000, gamma=0.97, gae_lambda=0.9),
+    "ant-dir": replace(_ORACLE, steps=5_000_000),
 }
 
 
