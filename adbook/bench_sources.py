@@ -8,49 +8,67 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 
 from adbook.recipes import RECIPES, recipe
-from adbook.sources import learn, run_source
+from adbook.sources import PPOConfig, SourceConfig, learn, run_source
+from adbook.tasks import TaskFamily
 from adbook.tasks import family as task_family
 from adbook.vectors import TaskVector, simulator
 
-DEFAULT_UPDATES = 3  # of stable-baselines3's defaults in a round, 2048 steps each
+PEERS = {"ppo": (PPO, 6_144), "sac": (SAC, 600)}  # stable-baselines3's defaults, and the steps they make in a round
+STEPS = {"ppo": 6_000, "sac": 1_000, "droq": 400}  # of ours in a round
 
 
-def bench_sources(updates: int = 6, rounds: int = 2) -> dict[str, Any]:
-    """Measure environment steps a second of PPO on one core, learning included, beside stable-baselines3's defaults.
+def bench_sources(rounds: int = 2) -> dict[str, Any]:
+    """Measure environment steps a second of each source on one core, learning included, beside the defaults of SB3.
 
-    Both learn the first training task of each family; ours with the data set's settings and recorded, the defaults with
-    one gymnasium environment, 2048 steps an update, batches of 64 and no recording. They take turns, and the best round
-    counts.
+    All learn the first training task of a family: ours with the data set's settings and recorded, the defaults in one
+    gymnasium environment and not recorded. They take turns, and the best round counts. stable-baselines3 (SB3) has no
+    DroQ.
 
     Args:
-        updates: of ours in a round.
         rounds: of each.
 
     Returns:
-        By family: `steps_per_second`, `default_steps_per_second`, their `ratio` and the `simulator`.
+        By family: its `simulator`, and by source `steps_per_second`, `default_steps_per_second` and their `ratio`.
     """
     torch.set_num_threads(1)
     measured: dict[str, Any] = {"cores": 1}
-    for name in RECIPES:
-        config, kind = recipe(name, "ppo").config, task_family(name)
-        short = replace(config, steps=updates * config.n_envs * config.n_steps)
-        ours, theirs = [], []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            run_source(kind, kind.train_tasks[0], short, seed=0)
-            ours.append(short.steps / (time.perf_counter() - start))
-            start = time.perf_counter()
-            with closing(kind.make(kind.train_tasks[0])) as env:
-                model = PPO("MlpPolicy", env, device="cpu", seed=0)
-                model.learn(DEFAULT_UPDATES * model.n_steps)
-            theirs.append(model.num_timesteps / (time.perf_counter() - start))
-        speeds = {"steps_per_second": max(ours), "default_steps_per_second": max(theirs)}
-        measured[name] = speeds | {"ratio": max(ours) / max(theirs), "simulator": simulator(name)}
+    for name, recipes in RECIPES.items():
+        kind = task_family(name)
+        measured[name] = {"simulator": simulator(name)}
+        for source, chosen in recipes.items():
+            ours, theirs = [], []
+            for _ in range(rounds):
+                ours.append(_own_speed(kind, chosen.config, STEPS[source]))
+                if source in PEERS:
+                    theirs.append(_default_speed(kind, *PEERS[source]))
+            speeds = {"steps_per_second": max(ours)}
+            if theirs:
+                speeds |= {"default_steps_per_second": max(theirs), "ratio": max(ours) / max(theirs)}
+            measured[name][source] = speeds
     return measured
+
+
+def _own_speed(kind: TaskFamily, config: SourceConfig, steps: int) -> float:
+    if isinstance(config, PPOConfig):
+        update = config.n_envs * config.n_steps
+        short = replace(config, steps=update * -(-steps // update))
+    else:
+        short = replace(config, steps=steps, learning_starts=0)  # hardly any step without its update
+    start = time.perf_counter()
+    run_source(kind, kind.train_tasks[0], short, seed=0)
+    return short.steps / (time.perf_counter() - start)
+
+
+def _default_speed(kind: TaskFamily, algorithm: type[BaseAlgorithm], steps: int) -> float:
+    start = time.perf_counter()
+    with closing(kind.make(kind.train_tasks[0])) as env:
+        algorithm("MlpPolicy", env, device="cpu", seed=0).learn(steps)
+    return steps / (time.perf_counter() - start)
 
 
 def bench_droq(seeds: Sequence[int] = (0, 1, 2), steps: int = 6_000) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import PPO
 
 from adbook import bench_sources
 from adbook.droq import DroQ
@@ -24,16 +25,19 @@ def threads():
 
 
 def test_speeds_are_told_beside_the_defaults_of_stable_baselines3(monkeypatch):
-    tiny = Recipe(PPOConfig(n_envs=2, streams=1, n_steps=50, batch_size=100))
-    monkeypatch.setattr(bench_sources, "RECIPES", {"reacher-goal": {}})
-    monkeypatch.setattr(bench_sources, "recipe", lambda name, source: tiny)
-    monkeypatch.setattr(bench_sources, "DEFAULT_UPDATES", 1)
-    measured = bench_sources.bench_sources(updates=1, rounds=1)
+    tiny = {"ppo": PPOConfig(n_envs=2, streams=1, n_steps=50, batch_size=100), "droq": DroQConfig(updates=1)}
+    monkeypatch.setattr(bench_sources, "RECIPES", {"reacher-goal": {s: Recipe(config) for s, config in tiny.items()}})
+    monkeypatch.setattr(bench_sources, "STEPS", {"ppo": 100, "droq": 60})
+    monkeypatch.setattr(bench_sources, "PEERS", {"ppo": (PPO, 100)})
+    measured = bench_sources.bench_sources(rounds=1)
     assert measured["cores"] == 1
     reacher = measured["reacher-goal"]
-    assert reacher["ratio"] == pytest.approx(reacher["steps_per_second"] / reacher["default_steps_per_second"])
-    assert min(reacher[key] for key in ("steps_per_second", "default_steps_per_second")) > 0
     assert reacher["simulator"] == simulator("reacher-goal")
+    ppo = reacher["ppo"]
+    assert ppo["ratio"] == pytest.approx(ppo["steps_per_second"] / ppo["default_steps_per_second"])
+    assert ppo["default_steps_per_second"] > 0
+    assert reacher["droq"]["steps_per_second"] > 0
+    assert set(reacher["droq"]) == {"steps_per_second"}  # stable-baselines3 has none
 
 
 def test_droq_is_compared_with_a_peer_of_the_same_settings(monkeypatch):
