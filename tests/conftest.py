@@ -23,15 +23,34 @@ class BuiltBook:
     notebooks: Path
 
 
-@pytest.fixture(scope="session")
-def smoke_book(tmp_path_factory) -> BuiltBook:
-    """The book in the smoke profile, made from nothing, in a folder apart from the reader's own runs."""
+def pytest_collection_modifyitems(items):
+    """Put what reads the smoke book last: it is built beside the other tests, most of which keep one core busy."""
+    items.sort(key=lambda item: "smoke_book" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _book_in_the_making(request, tmp_path_factory):
+    """The process that makes the smoke book from nothing, and its folder, apart from the reader's own runs."""
+    if not any("smoke_book" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("book")
     command = [sys.executable, "-m", "adbook", "book", "--profile", "smoke", "--output", folder]
     environment = os.environ | {"ADBOOK_RUNS": str(folder / "runs"), "TRITON_INTERPRET": "0"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    yield process, folder
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def smoke_book(_book_in_the_making) -> BuiltBook:
+    """The book in the smoke profile."""
+    process, folder = _book_in_the_making
+    code, log = process.wait(), (folder / "log").read_text()
+    assert code == 0, log
+    print(log)
     return BuiltBook(folder / "html", folder / "stage" / "notebooks")
 
 
