@@ -75,7 +75,7 @@ def record(
     runs = dict(zip(paths, [(task, seed) for task in tasks for seed in seeds], strict=True))
     unfinished = [path for path in paths if not path.exists()]
     for path in set(paths) - set(unfinished):
-        _lock_file(path).unlink(missing_ok=True)  # of a process killed just after it had written the file
+        _sweep(path)  # after a process that was killed just after it had written the file
     if not unfinished:
         return paths
     _check_writable(unfinished[0].parent)
@@ -137,17 +137,15 @@ def _record_run(
             f"this worker steps {family.name} with {simulator(family.name)}, whoever asked for it with {stepped_by}; "
             "install the same version of EnvPool on all machines, or on none"
         )
-    lock = _lock_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _one_run, FileLock(lock, blocking=wait):
+        with _one_run, FileLock(_lock_file(path), blocking=wait):
             try:
                 if not path.exists():
                     remove_leftovers(path)
                     _run_and_save(family, task, seed, config, path)
             finally:
-                _steps_file(path).unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)  # who holds it or waits for it finds the run's file, and does nothing
+                _sweep(path)
     except Timeout:
         return
 
@@ -209,6 +207,12 @@ def _lock_file(path: Path) -> Path:
 def _steps_file(path: Path) -> Path:
     """Where a run in progress tells how many steps it has made, for bars in whatever process."""
     return path.with_name(f".{path.name}.steps")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what stood beside a run's file while it was made."""
+    _steps_file(path).unlink(missing_ok=True)
+    _lock_file(path).unlink(missing_ok=True)  # who holds it or waits for it finds the run's file, and does nothing
 
 
 def _teller(file: Path) -> Callable[[int], None]:

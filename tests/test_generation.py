@@ -162,6 +162,10 @@ def test_what_killed_processes_left_is_taken_away(tmp_path, toy_source):
         (first.parent / name).write_bytes(b"17")
     paths = record_toy(tmp_path)
     assert files(tmp_path) == sorted(path.name for path in paths)
+    for name in (f".{first.name}.lock", f".{first.name}.steps"):  # killed just after it had written the history
+        (first.parent / name).write_bytes(b"17")
+    record_toy(tmp_path)
+    assert files(tmp_path) == sorted(path.name for path in paths)
 
 
 PROGRAM = """
@@ -187,7 +191,7 @@ def start(*arguments, program=PROGRAM, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes, **options)
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen in time"
