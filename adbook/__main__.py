@@ -47,10 +47,12 @@ def histories(options: argparse.Namespace) -> None:
 def oracle(options: argparse.Namespace) -> None:
     """Train the expert of a family that is shown the goal."""
     from adbook import experiments, recipes
+    from adbook.files import check_writable
     from adbook.oracle import FOLDER, train_oracle
     from adbook.tasks import family
 
     config = recipes.oracle_config(options.family)
+    check_writable(FOLDER)
     trained = train_oracle(family(options.family), config, options.seed)
     trained.about |= {"made": experiments.provenance()}
     print(trained.save(FOLDER / f"{options.family}.safetensors"))
@@ -61,8 +63,8 @@ def sources(options: argparse.Namespace) -> None:
     from adbook.results import save_result, source_scores, update_card
 
     scores = source_scores()
-    print(save_result("sources", scores))
     print(update_card(scores))
+    print(save_result("sources", scores))
 
 
 def results(options: argparse.Namespace) -> None:

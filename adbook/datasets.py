@@ -51,7 +51,7 @@ def load_histories(
         HistoryFileError: the file is damaged, foreign or of another schema version.
     """
     check_known("task family", family, BEST)
-    source = BEST[family] if source is None else source.lower()
+    source = BEST[family] if source is None else str(source).lower()
     check_known("source", source, ("ppo", "sac", "droq"))
     check_known("split", split, SPLITS)
     path = data_path(family, source, split, folder)
@@ -59,7 +59,8 @@ def load_histories(
         there = sorted(p.stem for p in path.parent.glob("*.npz"))
         raise FileNotFoundError(
             f"no histories of {source} on {family} ({split}) in {folder}; there are: {', '.join(there) or 'none'}. "
-            f"Make them with python -m adbook histories --family {family} --source {source}"
+            f"Those with a recipe in adbook/recipes.py are made by python -m adbook histories --family {family} "
+            f"--source {source}"
         )
     return read_packed(path)
 
@@ -71,7 +72,7 @@ def data_path(family: str, source: str, split: str, folder: str | os.PathLike = 
 
 def check_known(what: str, value: str, known: Collection[str]) -> None:
     """Raise ValueError if `value` is none of the `known` names, with the closest one and the list of them."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         close = get_close_matches(str(value), known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(known)}")
@@ -85,6 +86,8 @@ def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> Lear
         episodes: how many to keep at most, 1 or more.
         phase: from 0 to below 1, which share of the distance lies before the first one.
     """
+    if episodes < 1 or not 0 <= phase < 1:
+        raise ValueError(f"episodes={episodes} must be at least 1, and phase={phase} from 0 to below 1")
     total = len(history.episodes)
     every = -(-total // episodes)
     kept = history.every(every, int(phase * every))
@@ -99,9 +102,10 @@ def write_packed(
     """Write histories into one compressed file, rounded to half precision; `made` says where and when, in JSON.
 
     Raises:
-        ValueError: no history, one whose next observations do not continue its observations, or a value too large for
-            half precision (65,504).
+        ValueError: no history, one whose next observations do not continue its observations, a value too large for
+            half precision (65,504), or more than 65,535 steps in an episode or episodes in a history.
     """
+    histories = list(histories)
     if not histories:
         raise ValueError("no history was given; there is nothing to write")
     for history in histories:
@@ -112,13 +116,21 @@ def write_packed(
     last = [h.next_observations[e] for h, e in zip(histories, ends, strict=True)]
     arrays["last_observations"] = np.concatenate(last)  # (K, O)
     stored: dict[str, np.ndarray] = {name: _shuffled(name, array) for name, array in arrays.items()}
-    stored["lengths"] = np.concatenate([np.diff(np.flatnonzero(e), prepend=-1) for e in ends]).astype(np.uint16)  # (K,)
+    stored["lengths"] = _counts(np.concatenate([np.diff(np.flatnonzero(e), prepend=-1) for e in ends]))  # (K,)
     for name in ("terminated", "truncated"):
         stored[name] = np.concatenate([getattr(h, name)[e] for h, e in zip(histories, ends, strict=True)])  # (K,)
-    stored["episodes"] = np.array([e.sum() for e in ends], np.uint16)  # (H,)
+    stored["episodes"] = _counts(np.array([e.sum() for e in ends]))  # (H,)
     about = {"kind": _KIND, "schema": SCHEMA, "made": made or {}, "histories": [h.metadata for h in histories]}
     stored["json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     return write_whole(path, lambda file: _savez(file, stored))
+
+
+def _counts(numbers: np.ndarray) -> np.ndarray:
+    if numbers.max() > np.iinfo(np.uint16).max:
+        raise ValueError(
+            f"{numbers.max()} steps in an episode, or episodes in a history, are too many (65,535); cut it"
+        )
+    return numbers.astype(np.uint16)
 
 
 def _savez(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -138,12 +150,12 @@ def read_packed(path: str | os.PathLike) -> list[LearningHistory]:
                 about = json.loads(file["json"].tobytes())
                 _check_kind(Path(path), about)
                 stored = {name: file[name] for name in (*_HALVES, "lengths", "terminated", "truncated", "episodes")}
+            return _unpacked(stored | {name: _restored(stored[name]) for name in _HALVES}, about["histories"])
         except HistoryFileError:
             raise
         except Exception as error:  # a damaged zip can raise nearly anything
             told = f"{path} is truncated, damaged or not a file of learning histories ({error}); fetch or make it again"
             raise HistoryFileError(told) from error
-    return _unpacked(stored | {name: _restored(stored[name]) for name in _HALVES}, about["histories"])
 
 
 def _check_kind(path: Path, about: dict[str, Any]) -> None:
@@ -156,7 +168,10 @@ def _check_kind(path: Path, about: dict[str, Any]) -> None:
 
 
 def _unpacked(stored: dict[str, np.ndarray], metadata: list[dict[str, Any]]) -> list[LearningHistory]:
-    ends = stored["lengths"].astype(int).cumsum()  # (K,), one past each episode's last step
+    lengths, episodes = stored["lengths"].astype(int), stored["episodes"].astype(int)  # (K,), (H,)
+    if lengths.min() < 1 or lengths.sum() != len(stored["observations"]) or episodes.sum() != len(lengths):
+        raise ValueError("its counts of steps and episodes do not add up")
+    ends = lengths.cumsum()  # (K,), one past each episode's last step
     terminated, truncated = np.zeros((2, ends[-1]), bool)
     terminated[ends - 1], truncated[ends - 1] = stored["terminated"], stored["truncated"]
     following = np.roll(stored["observations"], -1, axis=0)
@@ -164,7 +179,7 @@ def _unpacked(stored: dict[str, np.ndarray], metadata: list[dict[str, Any]]) -> 
     fields = {name: stored[name] for name in ("observations", "actions")}
     fields |= {"rewards": stored["rewards"][:, 0], "next_observations": following}
     fields |= {"terminated": terminated, "truncated": truncated}
-    borders = [0, *ends[stored["episodes"].astype(int).cumsum() - 1]]  # (H + 1,), in steps
+    borders = [0, *ends[episodes.cumsum() - 1]]  # (H + 1,), in steps
     parts = zip(borders[:-1], borders[1:], metadata, strict=True)
     return [LearningHistory(**{n: v[a:b] for n, v in fields.items()}, metadata=about) for a, b, about in parts]
 

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,6 +43,13 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Pat
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`: to find that out before long work, not after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def remove_leftovers(path: Path) -> None:

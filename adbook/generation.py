@@ -16,13 +16,12 @@ from dataclasses import asdict
 from importlib.metadata import version
 from operator import index
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from adbook.files import content_hash, remove_leftovers
+from adbook.files import check_writable, content_hash, remove_leftovers
 from adbook.histories import SCHEMA, LearningHistory, save_histories
 from adbook.sources import SourceConfig, check_horizon, run_source, source_name
 from adbook.tasks import Task, TaskFamily
@@ -56,32 +55,36 @@ def record(
         config: the source algorithm and its settings.
         seeds: seeds of the source runs, one run a task and seed.
         folder: where the files go.
-        n_jobs: processes; -1 for one a core.
+        n_jobs: processes; -1 for one a core, -2 for all cores but one.
         progress: show a bar with runs done, environment steps a second and time left.
 
     Returns:
         The files, task by task and seed by seed; each holds `config.streams` histories.
 
     Raises:
-        ValueError: no seed or one that is none, settings too short for an episode, or a worker without this machine's
-            EnvPool (or with one, where this machine has none).
+        ValueError: no task or one of another family, no seed or one that is none, settings too short for an episode,
+            or a worker without this machine's EnvPool (or with one, where this machine has none).
         OSError: the folder cannot be written, or is not the workers' too, or the disk is full; finished files are
             intact.
         ChildProcessError: workers were lost again and again without a run having finished in between.
     """
+    tasks = list(tasks)
+    family.check(tasks)
     check_horizon(family, config)
+    if type(n_jobs) is not int or n_jobs == 0:
+        raise ValueError(f"n_jobs={n_jobs!r} must be a whole number of processes, or -1 for one a core")
     seeds = _checked_seeds(seeds)
     paths = run_paths(family, tasks, config, seeds=seeds, folder=Path(folder).absolute())
     runs = dict(zip(paths, [(task, seed) for task in tasks for seed in seeds], strict=True))
-    unfinished = [path for path in paths if not path.exists()]
+    unfinished = [path for path in paths if not path.is_file()]
     for path in set(paths) - set(unfinished):
         _sweep(path)  # after a process that was killed just after it had written the file
     if not unfinished:
         return paths
-    _check_writable(unfinished[0].parent)
+    check_writable(unfinished[0].parent)
     wait, losses, stepped_by = False, 0, simulator(family.name)
     with _bar(f"{family.name} {source_name(config)}", unfinished, config.steps, show=progress):
-        while missing := [path for path in unfinished if not path.exists()]:
+        while missing := [path for path in unfinished if not path.is_file()]:
             jobs = (delayed(_record_run)(family, *runs[path], config, path, stepped_by, wait) for path in missing)
             try:
                 Parallel(n_jobs=n_jobs)(jobs)
@@ -89,7 +92,7 @@ def record(
                     _check_arrived(missing)
                 wait = True  # what is missing now, another process is making: wait for it, or for its end
             except _lost_worker_errors() as error:
-                losses = 1 if any(path.exists() for path in missing) else losses + 1
+                losses = 1 if any(path.is_file() for path in missing) else losses + 1
                 if losses == _LOSSES:
                     raise ChildProcessError(
                         f"workers died {losses} times, and none of {len(missing)} runs was finished ({error!r}); if "
@@ -141,7 +144,7 @@ def _record_run(
     try:
         with _one_run, FileLock(_lock_file(path), blocking=wait):
             try:
-                if not path.exists():
+                if not path.is_file():
                     remove_leftovers(path)
                     _run_and_save(family, task, seed, config, path)
             finally:
@@ -169,20 +172,13 @@ def _run_and_save(family: TaskFamily, task: Task, seed: int, config: SourceConfi
 def _check_arrived(paths: Sequence[Path]) -> None:
     """Find out that the workers' files are not where ours are; a network's folder may show them a little late."""
     end = time.monotonic() + _PATIENCE
-    while lost := [path for path in paths if not path.exists()]:
+    while lost := [path for path in paths if not path.is_file()]:
         if time.monotonic() > end:
             told = (
                 f"the workers have finished, but {len(lost)} files are not here, the first of them {lost[0]}; give a "
             )
             raise OSError(f"{told}folder that every worker sees under the same name")
         time.sleep(0.1)
-
-
-def _check_writable(folder: Path) -> None:
-    """Find out before the first run, not after it, that its file cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
 
 
 def _lost_worker_errors() -> tuple[type[Exception], ...]:
@@ -238,7 +234,7 @@ def _bar(name: str, paths: Sequence[Path], steps: int, *, show: bool) -> Iterato
     bar = tqdm(total=steps * len(paths), unit="step", unit_scale=True, smoothing=0, disable=not show)
 
     def refresh() -> None:
-        done = sum(path.exists() for path in paths)
+        done = sum(path.is_file() for path in paths)
         bar.set_description(f"{name} {done}/{len(paths)} runs", refresh=False)
         if made := done * steps + sum(_steps(path) for path in paths):
             bar.n = max(bar.n, made)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from adbook.files import write_whole
 
 SCHEMA = 1  # of the file format below; raise it when a stored field changes meaning or shape
 _KIND = "adbook.LearningHistory"
-_FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
+_AXES = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2, "terminated": 1, "truncated": 1}
+_FIELDS = tuple(_AXES)
 
 
 class HistoryFileError(ValueError):
@@ -49,11 +50,23 @@ class LearningHistory:
     metadata: dict[str, Any]
 
     def __post_init__(self):
-        """Check lengths and values.
+        """Check types, lengths and values.
 
         Raises:
-            ValueError: arrays of different lengths, no step, an unfinished last episode, or a value that is not finite.
+            ValueError: a field of another type or number of axes, arrays of different lengths, no step, an unfinished
+                last episode, or a value that is not finite.
         """
+        for name, axes in _AXES.items():
+            array, flags = getattr(self, name), name in ("terminated", "truncated")
+            if not isinstance(array, np.ndarray) or array.ndim != axes or array.dtype.kind != ("b" if flags else "f"):
+                given = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+                wanted = f"{'bool' if flags else 'floats'} of shape {'(T,)' if axes == 1 else '(T, size)'}"
+                raise ValueError(f"{name} is {given}; it must be an array of {wanted}")
+        if not isinstance(self.metadata, dict):
+            raise ValueError(f"metadata={self.metadata!r} must be a dictionary, if an empty one")
+        if self.observations.shape[1] != self.next_observations.shape[1]:
+            widths = self.observations.shape, self.next_observations.shape
+            raise ValueError(f"observations {widths[0]} and next_observations {widths[1]} differ in size")
         lengths = {name: len(getattr(self, name)) for name in _FIELDS}
         if len(set(lengths.values())) != 1 or not lengths["rewards"]:
             raise ValueError(f"every field needs the same number of steps, at least one; got {lengths}")
@@ -117,12 +130,24 @@ class LearningHistory:
 
         Returns:
             The `minari.MinariDataset`, stored in Minari's own folder.
+
+        Raises:
+            ValueError: not such a name, one that is taken, or a history without the metadata that `record` writes.
         """
         import minari  # here alone: nothing else needs it
         from minari.data_collector import EpisodeBuffer
+        from minari.dataset.minari_dataset import parse_dataset_id
 
         from adbook.tasks import Task, family
 
+        try:  # Minari itself finds a bad name only after it has made folders
+            parse_dataset_id(str(dataset_id))
+        except (TypeError, ValueError) as error:  # the first, where the version is missing
+            told = f"dataset_id={dataset_id!r} must be a name with a version, such as 'reacher-goal/ppo-v0'"
+            raise ValueError(told) from error
+        lacking = {"task", "family_split", "source", "seed"} - set(self.metadata)
+        if lacking:
+            raise ValueError(f"metadata lack {', '.join(sorted(lacking))}; give a history that record made")
         buffers = [
             EpisodeBuffer(
                 id=i,
@@ -158,6 +183,7 @@ def save_histories(path: str | os.PathLike, histories: Sequence[LearningHistory]
     Raises:
         ValueError: no history, or one whose next observations do not continue its observations.
     """
+    histories = list(histories)
     if not histories:
         raise ValueError("no history was given; there is nothing to save")
     arrays = {}
@@ -195,7 +221,9 @@ def read_histories(path: str | os.PathLike) -> list[LearningHistory]:
         with safe_open(path, framework="numpy") as file:
             metadata = _read_header(path, file.metadata() or {})
             return [_restored(file, i, m) for i, m in enumerate(metadata)]
-    except (SafetensorError, json.JSONDecodeError, KeyError, IndexError) as error:
+    except HistoryFileError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
         raise HistoryFileError(
             f"{path} is truncated, damaged or not a history file ({error!r}); delete it and record it again"
         ) from error
@@ -208,11 +236,18 @@ def _read_header(path: Path, header: dict[str, str]) -> list[dict[str, Any]]:
         raise HistoryFileError(
             f"{path} has schema version {header['schema']}, this version reads {SCHEMA}; record the histories again"
         )
-    return json.loads(header["json"])
+    metadata = json.loads(header["json"])
+    if not isinstance(metadata, list) or not metadata:
+        raise HistoryFileError(f"{path} holds no history; delete it and record it again")
+    return metadata
 
 
 def _restored(file: Any, i: int, metadata: dict[str, Any]) -> LearningHistory:
     fields = {name: file.get_tensor(f"{i}/{name}") for name in _FIELDS if name != "next_observations"}
     following = np.roll(fields["observations"], -1, axis=0)
-    following[fields["terminated"] | fields["truncated"]] = file.get_tensor(f"{i}/last_observations")
+    ends = np.flatnonzero(fields["terminated"] | fields["truncated"])
+    last = file.get_tensor(f"{i}/last_observations")
+    if len(last) != len(ends):
+        raise ValueError(f"{len(last)} last observations of {len(ends)} episodes")
+    following[ends] = last
     return LearningHistory(**fields, next_observations=following, metadata=metadata)

@@ -122,9 +122,10 @@ class Oracle(nn.Module):
                 described = json.loads(header["json"])
                 oracle = cls(described["family"], described["hidden"])
                 oracle.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-        except (SafetensorError, RuntimeError) as error:  # the latter for a tensor that is missing or of another shape
-            raise ValueError(f"{file} is damaged or not an oracle ({error}); train it again") from error
-        oracle.about = described["about"]
+                oracle.about = described["about"]
+        # RuntimeError: a tensor that is missing or of another shape
+        except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is damaged or not an oracle ({error!r}); train it again") from error
         return oracle.eval()
 
 
@@ -169,9 +170,14 @@ def train_oracle(family: TaskFamily, config: PPOConfig, seed: int = 0, *, progre
     Args:
         family: the family; goals are drawn from its whole range.
         config: PPO's settings, with `normalize`; `streams` is not used.
-        seed: of everything.
+        seed: of everything, from 0 to below 2³².
         progress: show a bar.
+
+    Raises:
+        ValueError: another seed, or settings without `normalize`.
     """
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1")
     if not config.normalize:
         raise ValueError("normalize=False: an oracle keeps the scale of its observations; set normalize=True")
     with tqdm(

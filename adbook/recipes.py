@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adbook.datasets import BEST, HISTORIES, SPLITS, check_known, data_path, thinned, write_packed
+from adbook.files import check_writable
 from adbook.generation import record
 from adbook.histories import read_histories
 from adbook.sources import DroQConfig, PPOConfig, SACConfig, SourceConfig
@@ -57,7 +58,7 @@ def recipe(family: str, source: str | None = None) -> Recipe:
         ValueError: unknown family, or a source that the data set does not have for it.
     """
     check_known("task family", family, RECIPES)
-    source = BEST[family] if source is None else source.lower()
+    source = BEST[family] if source is None else str(source).lower()
     check_known(f"source for {family}", source, RECIPES[family])
     return RECIPES[family][source]
 
@@ -87,8 +88,8 @@ def check_request(family: str, source: str | None, split: str, tasks: int | None
     """Raise ValueError for what `follow` cannot do, before any run."""
     check_known("split", split, SPLITS)
     wanted = getattr(recipe(family, source), split)
-    if tasks is not None and not 1 <= tasks <= wanted:
-        raise ValueError(f"tasks={tasks} must be from 1 to {wanted}, the {split} tasks of this recipe")
+    if tasks is not None and (type(tasks) is not int or not 1 <= tasks <= wanted):
+        raise ValueError(f"tasks={tasks!r} must be from 1 to {wanted}, the {split} tasks of this recipe")
 
 
 def follow(
@@ -122,6 +123,8 @@ def follow(
     """
     check_request(family, source, split, tasks)
     source = (source or BEST[family]).lower()
+    if tasks is None:
+        check_writable(data_path(family, source, split, into).parent)
     chosen, kind = recipe(family, source), task_family(family)
     members = getattr(kind, f"{split}_tasks")[: tasks or getattr(chosen, split)]
     paths = record(kind, members, chosen.config, folder=folder, n_jobs=n_jobs)

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +94,27 @@ def source_scores(episodes: int = 20, *, folder: str | os.PathLike = HISTORIES) 
         JSON: "families" by family, each with "random" and "oracle" by split, mean returns (tasks,); "sources" by
         source and split: "start" and "end", mean returns of the first and last tenth of episodes of a run's streams
         (tasks,), "score" of the end (tasks,), and the "config" that the histories were made with.
+
+    Raises:
+        FileNotFoundError: there are no histories at all, or a family lacks its oracle.
     """
-    families = {}
+    read: dict[str, dict[tuple[str, str], list[LearningHistory]]] = {}  # all of it before the first episode is played
     for name, recipes in RECIPES.items():
-        wanted = ((source, split) for source in recipes for split in SPLITS)
-        there = [(source, split) for source, split in wanted if data_path(name, source, split, folder).is_file()]
-        if there:
-            families[name] = _family_scores(name, there, episodes, folder)
+        for source, split in product(recipes, SPLITS):
+            if data_path(name, source, split, folder).is_file():
+                histories = load_histories(name, source=source, split=split, folder=folder)
+                read.setdefault(name, {})[source, split] = histories
+    if not read:
+        raise FileNotFoundError(f"no histories in {folder}; make some with python -m adbook histories")
+    oracles = {name: Oracle.load(name) for name in read}
+    families = {name: _family_scores(name, oracles[name], there, episodes) for name, there in read.items()}
     return {"episodes": episodes, "families": families, "made": provenance()}
 
 
 def _family_scores(
-    name: str, there: Sequence[tuple[str, str]], episodes: int, folder: str | os.PathLike
+    name: str, oracle: Oracle, there: dict[tuple[str, str], list[LearningHistory]], episodes: int
 ) -> dict[str, Any]:
-    kind, oracle = family(name), Oracle.load(name)
+    kind = family(name)
     uniform = RandomPolicy(kind.action_size, kind.action_scale)
     scores: dict[str, Any] = {"random": {}, "oracle": {}, "sources": {}}
     for split in SPLITS:
@@ -115,8 +123,7 @@ def _family_scores(
         for end, policy in plays.items():
             played = rollout(policy, kind, tasks, episodes=episodes, deterministic=end == "oracle")
             scores[end][split] = played.returns.mean(1)
-    for source, split in there:
-        histories = load_histories(name, source=source, split=split, folder=folder)
+    for (source, split), histories in there.items():
         runs = source_returns(histories)
         start = np.array([np.mean([r[: max(1, len(r) // 10)].mean() for r in streams]) for streams in runs])
         end = np.array([np.mean([r[-max(1, len(r) // 10) :].mean() for r in streams]) for streams in runs])
@@ -232,6 +239,7 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
 
     Raises:
         FileNotFoundError: it has not been made; the message names the results that are there and the command.
+        ValueError: the file is damaged.
     """
     path = Path(folder) / f"{name}.json"
     if not path.is_file():
@@ -240,7 +248,10 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
             f"no result {name!r} in {folder} (there: {there}); make it with `python -m adbook results` (or ablations, "
             "or bench) with the same --profile and --family"
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch or make it again") from error
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:

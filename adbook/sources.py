@@ -4,6 +4,7 @@ The learning history that algorithm distillation needs is what an environment sa
 the first clumsy episode to the last good one, in order. Replay buffers and evaluation episodes do not have it.
 """
 
+import math
 import warnings
 import zlib
 from collections.abc import Callable
@@ -43,8 +44,10 @@ class PPOConfig:
         """Refuse settings that cannot run."""
         _check(self, at_least_1=("steps", "n_envs", "streams", "n_steps", "batch_size", "n_epochs"))
         _check(self, shares=("gamma", "gae_lambda"))
-        if not np.isfinite(self.log_std_init):
-            raise ValueError(f"log_std_init={self.log_std_init} must be a finite number")
+        if not _is_number(self.log_std_init):
+            raise ValueError(f"log_std_init={self.log_std_init!r} must be a finite number")
+        if type(self.normalize) is not bool:
+            raise ValueError(f"normalize={self.normalize!r} must be True or False")
         if self.batch_size < 2:
             raise ValueError("batch_size=1 must be at least 2: PPO normalises the advantages of a batch")
         if (self.n_envs * self.n_steps) % self.batch_size:
@@ -94,10 +97,10 @@ class SACConfig:
     def __post_init__(self):
         """Refuse settings that cannot run."""
         _check(self, at_least_1=("steps", "n_envs", "streams", "updates", "batch_size"), shares=("gamma", "tau"))
-        if not 0 < self.temperature < np.inf:
-            raise ValueError(f"temperature={self.temperature} must be a positive number")
-        if not 0 <= self.learning_starts < self.steps:
-            raise ValueError(f"learning_starts={self.learning_starts} must be from 0 to below steps={self.steps}")
+        if not _is_number(self.temperature) or self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature!r} must be a positive number")
+        if type(self.learning_starts) is not int or not 0 <= self.learning_starts < self.steps:
+            raise ValueError(f"learning_starts={self.learning_starts!r} must be from 0 to below steps={self.steps}")
 
     @property
     def steps_each(self) -> int:
@@ -141,8 +144,8 @@ class DroQConfig(SACConfig):
     def __post_init__(self):
         """Refuse settings that cannot run."""
         super().__post_init__()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be from 0 to below 1")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must be from 0 to below 1")
 
     def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
         """Return the algorithm, ready to learn in `vector`."""
@@ -157,17 +160,21 @@ _FUSED = {"optimizer_kwargs": {"fused": True}}  # one kernel for all weights of 
 
 def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
     for name in at_least_1:
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
+        if type(getattr(config, name)) is not int or getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)!r} must be a whole number of at least 1")
-    if not isinstance(config.hidden, tuple) or not all(isinstance(w, int) and w >= 1 for w in config.hidden):
+    if not isinstance(config.hidden, tuple) or not all(type(w) is int and w >= 1 for w in config.hidden):
         raise ValueError(f"hidden={config.hidden!r} must be a tuple of layer widths of at least 1, such as (64, 64)")
     for name in shares:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be from 0 to 1")
-    if not 0 < config.learning_rate < np.inf:
-        raise ValueError(f"learning_rate={config.learning_rate} must be a positive number")
+        if not _is_number(getattr(config, name)) or not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)!r} must be from 0 to 1")
+    if not _is_number(config.learning_rate) or config.learning_rate <= 0:
+        raise ValueError(f"learning_rate={config.learning_rate!r} must be a positive number")
     if config.streams > config.n_envs:
         raise ValueError(f"streams={config.streams} exceeds n_envs={config.n_envs}; record at most every environment")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def source_name(config: SourceConfig) -> str:
@@ -200,7 +207,9 @@ def run_source(
 
 
 def check_horizon(family: TaskFamily, config: SourceConfig) -> None:
-    """Raise ValueError if the settings do not give every environment one whole episode."""
+    """Raise ValueError unless `config` is a source's settings and gives every environment one whole episode."""
+    if not isinstance(config, SourceConfig):
+        raise ValueError(f"config={config!r} must be a PPOConfig, SACConfig or DroQConfig, with its brackets")
     if config.steps_each < family.horizon:
         raise ValueError(
             f"steps={config.steps} over {config.n_envs} environments are {config.steps_each} steps each, less than an "

@@ -338,6 +338,20 @@ class TaskFamily:
         spec = _SPECS[self.name]
         return gymnasium.make(spec.id, goal=task.goal, render_mode=render_mode, disable_env_checker=True)
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raise ValueError unless there is a task, and all are this family's, with goals in its range."""
+        if not tasks:
+            raise ValueError("tasks is empty; give at least one, for example family.train_tasks")
+        env = _SPECS[self.name].env
+        for task in tasks:
+            if not isinstance(task, Task):
+                raise ValueError(
+                    f"{task!r} is not a task; take tasks from a family, for example family.train_tasks[:2]"
+                )
+            if task.family != self.name:
+                raise ValueError(f"tasks of {task.family} given with family {self.name!r}; use its own")
+            _checked_goal(task.goal, env.goal_size, *env.goal_range, env._allowed)
+
     def sample_tasks(self, n: int, rng: np.random.Generator, *, ood: bool = False) -> tuple[Task, ...]:
         """Draw `n` fresh tasks from the distribution of the training and test tasks; `ood` widens it to `ood_tasks`."""
         spec = _spec(self.name, self.split)

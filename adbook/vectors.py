@@ -34,13 +34,9 @@ class TaskVector(VecEnv):
         """Make one environment a task (repeat a task for copies of it); record `capacity` steps of the first `streams`.
 
         Raises:
-            ValueError: no task, or one of another family.
+            ValueError: no task, one of another family, or one with an impossible goal.
         """
-        if not tasks:
-            raise ValueError("tasks is empty; give at least one")
-        foreign = sorted({task.family for task in tasks} - {family.name})
-        if foreign:
-            raise ValueError(f"tasks of {', '.join(foreign)} given with family {family.name!r}; use its own")
+        family.check(tasks)
         n_envs = len(tasks)
         self._simulator = _SIMULATORS[simulator(family.name)](family, tasks, seed)
         space = family.observation_size, family.action_size

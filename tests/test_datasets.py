@@ -97,7 +97,22 @@ def test_values_too_large_for_half_precision_are_refused(tmp_path):
         write_packed(tmp_path / "h.npz", [history])
     with pytest.raises(ValueError, match="nothing to write"):
         write_packed(tmp_path / "h.npz", [])
+    for many in ((2**16,), (1,) * 2**16):
+        with pytest.raises(ValueError, match=r"65536 steps in an episode, or episodes in a history, are too many"):
+            write_packed(tmp_path / "h.npz", [noisy(many)])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"lengths": [3, 1, 2]}, {"lengths": [3, 1, 2, 5]}, {"episodes": [3]}, {"lengths": []}, {"rewards": []}]
+)
+def test_a_file_whose_counts_do_not_add_up_is_refused_by_name(tmp_path, change):
+    path = write_packed(tmp_path / "h.npz", [noisy()])
+    with np.load(path) as file:
+        arrays = dict(file) | {name: np.array(values, np.uint16) for name, values in change.items()}
+    np.savez(path, **arrays)
+    with pytest.raises(HistoryFileError, match=r"h\.npz is truncated, damaged or not a file of learning histories"):
+        read_packed(path)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 300, -1])
@@ -157,9 +172,7 @@ def test_unknown_requests_are_refused(request_, message):
 
 def test_what_is_not_there_is_told_with_what_is(tmp_path):
     write_packed(data_path("ant-dir", "ppo", "train", tmp_path), [noisy()])
-    with pytest.raises(
-        FileNotFoundError, match=r"sac on ant-dir .train.*there are: ppo-train\. Make them with .*--source sac"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"sac on ant-dir .train.*there are: ppo-train\. .*--source sac"):
         load_histories("ant-dir", source="sac", folder=tmp_path)
 
 
@@ -233,6 +246,11 @@ def test_curves_of_runs_whose_episodes_end_early_share_their_steps():
     assert results.source_curves([one], points=3)[1].tolist() == [
         [2, 3, 5]
     ]  # 8, 16, 24: the mean of two, the one before, the last
+
+
+def test_without_histories_there_is_nothing_to_score(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no histories in .*python -m adbook histories"):
+        results.source_scores(folder=tmp_path)
 
 
 def test_a_card_without_its_marks_is_refused(tmp_path):

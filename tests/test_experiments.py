@@ -123,3 +123,6 @@ def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, 
     assert loaded["made"]["date"] == json.loads(path.read_text())["made"]["date"]
     with pytest.raises(FileNotFoundError, match=r"'ant-dir-paper'.*there: reacher-goal-smoke.*python -m adbook"):
         results.load_result("ant-dir-paper", tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"reacher-goal-smoke\.json is damaged .*make it again"):
+        results.load_result("reacher-goal-smoke", tmp_path)

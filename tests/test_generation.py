@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -129,6 +130,29 @@ def test_numpys_seeds_are_seeds(tmp_path, toy_source):
     paths = record(FAMILY, FAMILY.train_tasks[:1], TINY, **seeds, n_jobs=1, progress=False)
     assert paths == run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, seeds=(0, 1), folder=tmp_path)
     assert all(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([], "tasks is empty"),
+        ([FAMILY.train_tasks[0], 1], "1 is not a task"),
+        ([FAMILY.train_tasks[0], replace(FAMILY.train_tasks[1], family="ant-dir")], "tasks of ant-dir given"),
+        ([FAMILY.train_tasks[0], replace(FAMILY.train_tasks[1], goal=(9.0, 9.0))], r"goal=\(9.0, 9.0\) is not a point"),
+    ],
+)
+def test_tasks_that_are_none_are_refused_before_the_first_run(tmp_path, toy_source, tasks, message):
+    with pytest.raises(ValueError, match=message):
+        record(FAMILY, tasks, TINY, folder=tmp_path, progress=False)
+    assert toy_source == []
+
+
+@pytest.mark.parametrize("changes", [{"n_jobs": 0}, {"n_jobs": "2"}, {"config": PPOConfig}])
+def test_other_requests_that_make_no_sense_are_refused(tmp_path, toy_source, changes):
+    request = {"family": FAMILY, "tasks": FAMILY.train_tasks[:1], "config": TINY, "folder": tmp_path} | changes
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* must be a"):
+        record(**request, progress=False)
+    assert toy_source == []
 
 
 def test_settings_too_short_for_an_episode_are_refused_before_the_run(tmp_path, toy_source):

@@ -110,6 +110,22 @@ def test_fields_that_do_not_fit_are_refused(cut, message):
         LearningHistory(**arrays, metadata={})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"terminated": np.zeros(36, int)}, r"terminated is int64 .36,.; it must be an array of bool of shape .T,."),
+        ({"rewards": np.zeros((36, 1))}, r"rewards is float64 .36, 1.; it must be an array of floats of shape .T,."),
+        ({"actions": [[0.0]] * 36}, r"actions is list; it must be an array of floats of shape .T, size."),
+        ({"next_observations": np.zeros((36, 2))}, r"observations .36, 3. and next_observations .36, 2. differ"),
+        ({"metadata": None}, "metadata=None must be a dictionary"),
+    ],
+)
+def test_fields_of_another_type_are_refused(change, message):
+    fields = {name: getattr(make_history(), name) for name in ARRAYS} | {"metadata": {}}
+    with pytest.raises(ValueError, match=message):
+        LearningHistory(**fields | change)
+
+
 def test_what_is_saved_is_loaded(tmp_path):
     """Also episodes of one step, several histories in a file, and metadata that holds more than ASCII."""
     given = [make_history((2, 1, 3, 1)), make_history(number=1.5, source="PPO", config={"γ": 0.98, "hidden": [64]})]
@@ -181,11 +197,22 @@ def test_another_schema_names_both_versions(tmp_path):
         read_histories(path)
 
 
-@pytest.mark.parametrize("damage", [{"json": "[{"}, {"json": '[{"task": "toy"}, {"task": "two"}]'}])
-def test_a_header_that_does_not_fit_is_refused_by_name(damage, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"json": "[{"},
+        {"json": '[{"task": "toy"}, {"task": "two"}]'},
+        {"json": "[null]"},
+        {"json": "[]"},
+        {"arrays": {"0/last_observations": np.zeros((1, 3), np.float32)}},
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(damage, tmp_path):
     path = make_history().save(tmp_path / "h.safetensors")
     rewrite(path, **damage)
-    with pytest.raises(HistoryFileError, match=r"h\.safetensors is truncated, damaged or.*delete it"):
+    with pytest.raises(
+        HistoryFileError, match=r"h\.safetensors (is truncated, damaged or|holds no history).*delete it"
+    ):
         read_histories(path)
 
 
@@ -235,6 +262,12 @@ def test_minari_reads_the_export(recorded, tmp_path, monkeypatch):
     minari = pytest.importorskip("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     history = LearningHistory.load(recorded)
+    for name in ("../../elsewhere/ppo-v0", "no version", None):
+        with pytest.raises(ValueError, match="must be a name with a version"):
+            history.to_minari(name)
+    with pytest.raises(ValueError, match="metadata lack family_split, seed, source"):
+        make_history().to_minari("reacher-goal/ppo-v0")
+    assert list(tmp_path.iterdir()) == []
     history.to_minari("reacher-goal/ppo-v0")
     dataset = minari.load_dataset("reacher-goal/ppo-v0")
     assert dataset.total_steps == 100

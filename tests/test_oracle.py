@@ -89,6 +89,8 @@ def test_mistakes_are_told(tmp_path):
         oracle.show([])
     with pytest.raises(ValueError, match=r"2 tasks are played but 0 goals shown; call show"):
         oracle.init_state(2)
+    with pytest.raises(ValueError, match="seed=-1 must be a whole number from 0"):
+        train_oracle(FAMILY, PPOConfig(normalize=True), -1)
     with pytest.raises(ValueError, match="normalize=False"):
         train_oracle(FAMILY, PPOConfig(), progress=False)
     with pytest.raises(FileNotFoundError, match=r"no oracle at .*nowhere.*python -m adbook oracle"):
@@ -97,6 +99,10 @@ def test_mistakes_are_told(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"o\.safetensors is damaged or not an oracle"):
         Oracle.load(path)
+    for described in ("{", "null", '{"family": "reacher-goal"}'):
+        save_file({"w": np.zeros(2)}, path, metadata={"kind": "adbook.Oracle", "schema": "1", "json": described})
+        with pytest.raises(ValueError, match=r"o\.safetensors is damaged or not an oracle"):
+            Oracle.load(path)
     save_file({"w": np.zeros(2)}, path, metadata={"kind": "adbook.Rollout", "schema": "1"})
     with pytest.raises(ValueError, match=r"o\.safetensors holds adbook.Rollout of schema 1, not adbook.Oracle"):
         Oracle.load(path)

@@ -104,6 +104,10 @@ def test_a_source_tells_how_far_it_is(reacher):
         (SACConfig, {"temperature": 0.0}, "temperature=0.0 must be a positive number"),
         (SACConfig, {"streams": 5}, "streams=5 exceeds n_envs=4"),
         (SACConfig, {"steps": 400}, "learning_starts=500 must be from 0 to below steps=400"),
+        (PPOConfig, {"n_envs": True}, "n_envs=True must be a whole number of at least 1"),
+        (PPOConfig, {"gamma": "0.9"}, "gamma='0.9' must be from 0 to 1"),
+        (PPOConfig, {"normalize": "no"}, "normalize='no' must be True or False"),
+        (SACConfig, {"temperature": "auto"}, "temperature='auto' must be a positive number"),
         (DroQConfig, {"dropout": 1.0}, "dropout=1.0 must be from 0 to below 1"),
     ],
 )
