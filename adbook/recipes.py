@@ -70,7 +70,16 @@ _ORACLES = {
     "reacher-goal": replace(_ORACLE, steps=3_000_000, gamma=0.95),
     "pusher-goal": replace(_ORACLE, steps=5_000_000),
     "half-cheetah-vel": replace(_ORACLE, steps=6_000_000),
-    "ant-dir": replace(_ORACLE, steps=5_000_000),
+    "ant-dir": replace(
+        _ORACLE,
+        steps=6_000_000,
+        n_steps=25,
+        batch_size=400,
+        learning_rate=5e-4,
+        gamma=0.97,
+        gae_lambda=0.9,
+        log_std_init=-0.4,
+    ),
 }
 
 
