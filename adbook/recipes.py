@@ -36,7 +36,7 @@ _FREE = SACConfig(n_envs=1, streams=1, batch_size=128, gamma=0.98, temperature=1
 RECIPES: dict[str, dict[str, Recipe]] = {
     "reacher-goal": {
         "ppo": Recipe(PPOConfig(), train=128, streams=4),
-        "sac": Recipe(replace(_NEAR, steps=5_000, n_envs=2, streams=2), streams=2),
+        "sac": Recipe(replace(_NEAR, steps=8_000, n_envs=2, streams=2), streams=2),
         "droq": Recipe(DroQConfig(steps=1_500, gamma=0.9, temperature=0.02)),
     },
     "pusher-goal": {"ppo": Recipe(replace(_FAR, steps=240_000), train=40, streams=2)},
