@@ -72,8 +72,8 @@ _ORACLES = {
     "half-cheetah-vel": replace(_ORACLE, steps=6_000_000),
     "ant-dir": replace(
         _ORACLE,
-        steps=6_000_000,
-        n_steps=25,
+        steps=5_000_000,
+        n_envs=32,
         batch_size=400,
         learning_rate=5e-4,
         gamma=0.97,
