@@ -37,6 +37,7 @@ class PPOConfig:
     gamma: float = 0.95
     gae_lambda: float = 0.95
     log_std_init: float = -0.7  # log σ of the Gaussian policy at the start, in the action's own unit
+    entropy: float = 0.0  # weight of the policy's entropy in the objective; it keeps σ from falling before it is time
     hidden: tuple[int, ...] = (64, 64)  # of the policy and of the value function
     normalize: bool = False  # let PPO see observations and rewards divided by their running scale
 
@@ -46,6 +47,8 @@ class PPOConfig:
         _check(self, shares=("gamma", "gae_lambda"))
         if not _is_number(self.log_std_init):
             raise ValueError(f"log_std_init={self.log_std_init!r} must be a finite number")
+        if not _is_number(self.entropy) or self.entropy < 0:
+            raise ValueError(f"entropy={self.entropy!r} must be a number of at least 0")
         if type(self.normalize) is not bool:
             raise ValueError(f"normalize={self.normalize!r} must be True or False")
         if self.batch_size < 2:
@@ -72,6 +75,7 @@ class PPOConfig:
             learning_rate=lambda remaining: self.learning_rate * remaining,
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
+            ent_coef=self.entropy,
             policy_kwargs={"log_std_init": self.log_std_init, "net_arch": list(self.hidden)} | _FUSED,
             seed=seed,
             device="cpu",

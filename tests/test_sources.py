@@ -9,7 +9,7 @@ import torch
 import adbook
 from adbook import vectors
 from adbook.droq import DroQ
-from adbook.sources import DroQConfig, PPOConfig, SACConfig, _dice, run_source, source_name
+from adbook.sources import DroQConfig, PPOConfig, SACConfig, _dice, learn, run_source, source_name
 from adbook.vectors import TaskVector
 
 PPO = PPOConfig(steps=200, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
@@ -71,6 +71,16 @@ def test_weights_are_updated(reacher, config, monkeypatch):
     assert not still, still
 
 
+def test_a_bonus_for_entropy_keeps_exploration_up(reacher):
+    def log_std(entropy):
+        config = replace(PPO, entropy=entropy)
+        vector = TaskVector(reacher, reacher.train_tasks[:1] * config.n_envs, seed=0)
+        return learn(vector, config, seed=0).policy.log_std.mean().item()
+
+    assert log_std(0.0) < log_std(10.0)
+    assert log_std(10.0) > PPO.log_std_init  # nothing else counts then
+
+
 def test_tasks_have_dice_of_their_own(reacher):
     """One seed for all tasks would give all the same exploration noise, which a model then learns by heart."""
     first, second = (run_source(reacher, task, PPO, seed=0)[0]["actions"][:50] for task in reacher.train_tasks[:2])
@@ -99,6 +109,7 @@ def test_a_source_tells_how_far_it_is(reacher):
         (PPOConfig, {"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
         (PPOConfig, {"gamma": 1.5}, "gamma=1.5 must be from 0 to 1"),
         (PPOConfig, {"log_std_init": float("inf")}, "log_std_init=inf must be a finite number"),
+        (PPOConfig, {"entropy": -0.1}, "entropy=-0.1 must be a number of at least 0"),
         (SACConfig, {"updates": 0}, "updates=0 must be a whole number of at least 1"),
         (SACConfig, {"tau": -0.1}, "tau=-0.1 must be from 0 to 1"),
         (SACConfig, {"temperature": 0.0}, "temperature=0.0 must be a positive number"),
