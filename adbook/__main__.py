@@ -63,8 +63,8 @@ def sources(options: argparse.Namespace) -> None:
     from adbook.results import save_result, source_scores, update_card
 
     scores = source_scores()
-    print(update_card(scores))
     print(save_result("sources", scores))
+    print(update_card(scores))
 
 
 def results(options: argparse.Namespace) -> None:
