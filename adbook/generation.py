@@ -236,10 +236,11 @@ def _bar(name: str, paths: Sequence[Path], steps: int, *, show: bool) -> Iterato
     def refresh() -> None:
         done = sum(path.is_file() for path in paths)
         bar.set_description(f"{name} {done}/{len(paths)} runs", refresh=False)
-        if made := done * steps + sum(_steps(path) for path in paths):
-            bar.n = max(bar.n, made)
-        else:
-            bar.reset()  # the workers are still importing: that time says nothing of the runs'
+        made = done * steps + sum(_steps(path) for path in paths)
+        if not bar.n:  # what came before the first steps we see, the workers' imports, says nothing of the speed
+            bar.reset()
+            bar.initial = made  # and nor do these steps, many of which other processes may have made
+        bar.n = max(bar.n, made)
         bar.refresh()
 
     ended = threading.Event()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +216,16 @@ def test_the_bar_counts_runs_and_steps_whoever_makes_them(tmp_path, toy_source, 
     assert "200/200" in shown
     record(FAMILY, FAMILY.train_tasks[:2], TINY, folder=tmp_path, n_jobs=1)
     assert capsys.readouterr().err == ""
+
+
+def test_the_bar_does_not_take_what_others_had_made_for_speed(tmp_path, capsys):
+    path = tmp_path / "run.safetensors"
+    with generation._bar("toy", [path], 100_000, show=True):
+        for steps in (50_000, 50_010):  # another process's, long under way
+            generation._steps_file(path).write_text(str(steps))
+            time.sleep(1.2)  # the bar looks every second
+    assert "50.0k/100k" in (shown := capsys.readouterr().err)
+    assert "kstep/s" not in shown, shown
 
 
 def test_a_run_in_progress_is_part_of_the_bar(tmp_path):
