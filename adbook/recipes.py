@@ -43,7 +43,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "half-cheetah-vel": {
         "ppo": Recipe(replace(_FAR, steps=500_000, log_std_init=-1.0), train=40),
         "sac": Recipe(replace(_FREE, steps=40_000), test=8, episodes=10),
-        "droq": Recipe(DroQConfig(steps=8_000, gamma=0.98, learning_starts=400, temperature=1.0), test=8, episodes=10),
+        "droq": Recipe(DroQConfig(steps=6_000, gamma=0.98, learning_starts=400, temperature=1.0), test=8, episodes=10),
     },
     "ant-dir": {
         "ppo": Recipe(replace(_FAR, steps=600_000, n_steps=50, gamma=0.97, gae_lambda=0.9, log_std_init=-0.4), train=40)
