@@ -50,6 +50,15 @@ def start(*arguments, program=PROGRAM, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes, **options)
 
 
+def output_of(process: subprocess.Popen) -> str:
+    """Wait for its end; one that hangs is killed with its children, or the tests that follow would run beside it."""
+    try:
+        return process.communicate(timeout=300)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"not finished within 300 s:\n{process.communicate()[0]}")
+
+
 def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -117,7 +126,7 @@ def test_workers_make_what_one_process_makes_though_one_of_them_is_killed(alone,
         return [child for child in children if any(file.path.endswith(".lock") for file in open_files(child, tmp_path))]
 
     wait_for(busy)[0].kill()
-    output, _ = process.communicate(timeout=300)
+    output = output_of(process)
     assert process.returncode == 0, output
     assert_same_histories(expected, [tmp_path / path.relative_to(path.parents[1]) for path in expected])
     assert files(tmp_path) == sorted(path.name for path in expected)
@@ -146,7 +155,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
     for path in finished:
         assert len(read_histories(path)) == 2
     again = start(tmp_path, 4)
-    output, _ = again.communicate(timeout=300)
+    output = output_of(again)
     assert again.returncode == 0, output
     assert f"{4 - len(finished)}/{4 - len(finished)} runs" in output
     assert {path: path.read_bytes() for path in finished} == finished
@@ -155,7 +164,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
 
 def test_two_processes_share_the_work(tmp_path):
     processes = [start(tmp_path, 6) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [output_of(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     paths = run_paths(FAMILY, FAMILY.train_tasks[:6], CONFIGS[0], folder=tmp_path)
     assert files(tmp_path) == sorted(path.name for path in paths)
@@ -170,7 +179,7 @@ def test_a_full_disk_ends_with_a_clear_message_and_intact_files(tmp_path):
     small = len(before) // 2  # no file may be larger: the system refuses the write as it does on a full disk
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))}
     process = start(tmp_path, 2, **limit)
-    output, _ = process.communicate(timeout=300)
+    output = output_of(process)
     assert process.returncode == 1
     assert re.search(r"no space left to write .*train-001.*what was finished before is intact: free some", output), (
         output
