@@ -75,11 +75,10 @@ def bench_droq(seeds: Sequence[int] = (0, 1, 2), steps: int = 6_000) -> dict[str
     """Compare the learning curves of our DroQ and of sbx-rl's on one Half-Cheetah-Vel task, with the same settings.
 
     One difference remains: sbx-rl's policy follows the smaller of the critics, ours their mean, as the paper's does.
-    Seconds are of one torch thread and of JAX with its compilation, so they are no comparison of the programs.
 
     Returns:
         "returns" and "sbx_returns", (seeds, episodes); the mean over seeds and the last quarter of episodes of each,
-        `end` and `sbx_end`; and each one's `seconds` a seed.
+        `end` and `sbx_end`.
 
     Raises:
         ModuleNotFoundError: if sbx-rl is not installed; the message says how to.
@@ -92,14 +91,10 @@ def bench_droq(seeds: Sequence[int] = (0, 1, 2), steps: int = 6_000) -> dict[str
     task = kind.train_tasks[5]
     config = replace(recipe(kind.name, "droq").config, steps=steps, hidden=(64, 64))
     curves: dict[str, list] = {"returns": [], "sbx_returns": []}
-    seconds = {"seconds": 0.0, "sbx_seconds": 0.0}
     for seed in seeds:
-        start = time.perf_counter()
         vector = TaskVector(kind, [task], seed=seed, capacity=steps, streams=1)
         learn(vector, config, seed)
         curves["returns"].append(_episode_returns(vector.streams[0]["rewards"], kind.horizon))
-        seconds["seconds"] += (time.perf_counter() - start) / len(seeds)
-        start = time.perf_counter()
         with closing(Monitor(kind.make(task))) as monitor:
             options = config.options(seed)
             regularised = {"dropout_rate": config.dropout, "layer_norm": True}
@@ -107,9 +102,8 @@ def bench_droq(seeds: Sequence[int] = (0, 1, 2), steps: int = 6_000) -> dict[str
             peer = sbx.SAC("MlpPolicy", monitor, policy_delay=config.updates, **options)
             peer.learn(steps)
             curves["sbx_returns"].append(monitor.get_episode_rewards())
-        seconds["sbx_seconds"] += (time.perf_counter() - start) / len(seeds)
     last = {name: float(np.array(c)[:, -max(1, len(c[0]) // 4) :].mean()) for name, c in curves.items()}
-    return curves | {"end": last["returns"], "sbx_end": last["sbx_returns"]} | seconds | {"task": str(task)}
+    return curves | {"end": last["returns"], "sbx_end": last["sbx_returns"]} | {"task": str(task)}
 
 
 def _episode_returns(rewards: np.ndarray, horizon: int) -> list[float]:
