@@ -62,6 +62,7 @@ METHODS |= {
     "SAC": Style(_PURPLE, "dashdot", "triangle-up"),
     "DroQ": Style(_ORANGE, "dot", "square"),
     "oracle": Style(_SKY, "dash", "star"),
+    "sbx-rl": Style(_SKY, "dash", "triangle-down"),
     "train": Style(GREY, "dot", "circle-open"),
     "test": Style(_BLUE),
     "ood": Style(_VERMILLION, "dash", "square"),
