@@ -90,11 +90,13 @@ def ablations(options: argparse.Namespace) -> None:
 def bench(options: argparse.Namespace) -> None:
     """Measure speeds as ratios within one run, and write them."""
     from adbook import bench, experiments
+    from adbook.files import check_writable
     from adbook.results import save_result
 
     unknown = sorted(set(options.names) - set(bench.BENCHMARKS))
     if unknown:
         raise ValueError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(bench.BENCHMARKS)}")
+    check_writable(experiments.RESULTS / "bench")
     for name in options.names or bench.BENCHMARKS:
         measured = bench.BENCHMARKS[name]() | {"made": experiments.provenance()}
         plain = {key: value for key, value in measured.items() if not isinstance(value, dict)}

@@ -82,8 +82,8 @@ BENCHMARKS = {
     "training": bench_training,
     "rollout": bench_rollout,
     "sources": bench_sources,
-    "droq": bench_droq,
     "player": bench_player,
+    "droq": bench_droq,  # the last, for its peer is the least likely to be installed
 }
 
 

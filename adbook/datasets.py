@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_histories(
     Raises:
         ValueError: unknown family, source or split.
         FileNotFoundError: the data set does not have this combination; the message lists what it has.
-        HistoryFileError: the file is damaged, foreign or of another schema version.
+        HistoryFileError: the file is damaged or foreign, or of another schema version, family, source or split.
     """
     check_known("task family", family, BEST)
     source = BEST[family] if source is None else str(source).lower()
@@ -62,7 +63,13 @@ def load_histories(
             f"Those with a recipe in adbook/recipes.py are made by python -m adbook histories --family {family} "
             f"--source {source}"
         )
-    return read_packed(path)
+    histories = read_packed(path)
+    for history in histories:
+        task = history.metadata["task"]
+        held = task["family"], history.metadata["source"].lower(), task["split"]
+        if held != (family, source, split):
+            raise HistoryFileError(f"{path} holds histories of {' '.join(held)}; fetch or make it again")
+    return histories
 
 
 def data_path(family: str, source: str, split: str, folder: str | os.PathLike = HISTORIES) -> Path:
@@ -86,6 +93,7 @@ def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> Lear
         episodes: how many to keep at most, 1 or more.
         phase: from 0 to below 1, which share of the distance lies before the first one.
     """
+    episodes = index(episodes)
     if episodes < 1 or not 0 <= phase < 1:
         raise ValueError(f"episodes={episodes} must be at least 1, and phase={phase} from 0 to below 1")
     total = len(history.episodes)

@@ -32,7 +32,7 @@ from adbook.windows import WindowConfig, Windows
 PROFILES = ("smoke", "laptop", "paper")
 ROOT = Path(__file__).resolve().parents[1]
 # Wherever a chapter is run from, its artefacts are the repository's; ADBOOK_RUNS puts them elsewhere.
-RUNS = Path(os.environ.get("ADBOOK_RUNS", ROOT / "runs"))
+RUNS = Path(os.environ.get("ADBOOK_RUNS") or ROOT / "runs").expanduser()
 RESULTS = ROOT / "artifacts" / "results"
 
 
@@ -208,7 +208,7 @@ def references(settings: Profile, split: str = "test") -> References:
     by_task = {task: [] for task in tasks}
     for history in source_histories(settings, split):
         about = history.metadata["task"]
-        by_task[Task(**about | {"goal": tuple(about["goal"])})].append(history.episode_returns)
+        by_task[Task(**about)].append(history.episode_returns)
     ends = [[r[len(r) - max(1, len(r) // 10) :].mean() for r in by_task[task]] for task in tasks]
     starts = [[r[: max(1, len(r) // 10)].mean() for r in by_task[task]] for task in tasks]
     uniform = RandomPolicy(settings.family.action_size, settings.family.action_scale)

@@ -34,6 +34,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Pat
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())  # else a power cut could leave the new name with nothing behind it
         os.replace(temporary, path)
     except OSError as error:
         if error.errno not in _FULL:

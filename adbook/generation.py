@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -47,7 +48,8 @@ def record(
 
     Runs are independent and go through joblib, one process a core by default. On a cluster, call it under
     `joblib.parallel_config("ray")` or `("dask")`; `folder` must then be one that every worker sees. The same seed gives
-    the same history, whatever the backend and the number of workers. Runs whose worker dies are started again.
+    the same history, whatever the backend and the number of workers. Runs whose worker dies are started again. A run
+    that fails, because its policy diverges, does not keep the others from their end.
 
     Args:
         family: makes the environments.
@@ -63,7 +65,7 @@ def record(
 
     Raises:
         ValueError: no task or one of another family, no seed or one that is none, settings too short for an episode,
-            or a worker without this machine's EnvPool (or with one, where this machine has none).
+            or a worker without this machine's EnvPool (or with one, where this machine has none); or runs failed.
         OSError: the folder cannot be written, or is not the workers' too, or the disk is full; finished files are
             intact.
         ChildProcessError: workers were lost again and again without a run having finished in between.
@@ -77,8 +79,9 @@ def record(
     paths = run_paths(family, tasks, config, seeds=seeds, folder=Path(folder).absolute())
     runs = dict(zip(paths, [(task, seed) for task in tasks for seed in seeds], strict=True))
     unfinished = [path for path in paths if not path.is_file()]
-    for path in set(paths) - set(unfinished):
-        _sweep(path)  # after a process that was killed just after it had written the file
+    with suppress(OSError):  # files on a read-only disk can be used all the same
+        for path in set(paths) - set(unfinished):
+            _sweep(path)  # after a process that was killed just after it had written the file
     if not unfinished:
         return paths
     check_writable(unfinished[0].parent)
@@ -87,7 +90,10 @@ def record(
         while missing := [path for path in unfinished if not path.is_file()]:
             jobs = (delayed(_record_run)(family, *runs[path], config, path, stepped_by, wait) for path in missing)
             try:
-                Parallel(n_jobs=n_jobs)(jobs)
+                failed = [error for error in Parallel(n_jobs=n_jobs)(jobs) if error]
+                if failed:
+                    told = f"{len(failed)} of {len(missing)} runs failed, the others are finished: {failed[0]}"
+                    raise ValueError(told) from failed[0]
                 if wait:
                     _check_arrived(missing)
                 wait = True  # what is missing now, another process is making: wait for it, or for its end
@@ -133,8 +139,11 @@ def _checked_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
 
 def _record_run(
     family: TaskFamily, task: Task, seed: int, config: SourceConfig, path: Path, stepped_by: str, wait: bool
-) -> None:
-    """Make one file, unless it is there, or another process is making it and we are not to wait."""
+) -> ValueError | None:
+    """Make one file, unless it is there, or another process is making it and we are not to wait.
+
+    An error of the run itself is shown at once and returned, for the other runs to go on.
+    """
     if simulator(family.name) != stepped_by:
         raise ValueError(
             f"this worker steps {family.name} with {simulator(family.name)}, whoever asked for it with {stepped_by}; "
@@ -147,10 +156,16 @@ def _record_run(
                 if not path.is_file():
                     remove_leftovers(path)
                     _run_and_save(family, task, seed, config, path)
+            except (ArithmeticError, RuntimeError, ValueError) as error:  # what networks and simulators raise
+                reason = f"{error}".partition("\n")[0]
+                failure = ValueError(f"{source_name(config)} on {task}, seed {seed}: {type(error).__name__}: {reason}")
+                warnings.warn(f"a run failed, {failure}", stacklevel=2)
+                return failure
             finally:
                 _sweep(path)
     except Timeout:
-        return
+        pass
+    return None
 
 
 def _run_and_save(family: TaskFamily, task: Task, seed: int, config: SourceConfig, path: Path) -> None:

@@ -3,11 +3,14 @@
 This module needs numpy and safetensors only, so that a machine without the simulator can train from files.
 """
 
+import errno
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +100,19 @@ class LearningHistory:
         """Keep whole episodes `phase`, `phase + k`, `phase + 2k`, …; steps inside an episode are never dropped.
 
         Raises:
+            TypeError: k or phase is no whole number.
             ValueError: k < 1, phase outside [0, k), or no episode is left.
         """
+        k, phase = index(k), index(phase)
         if k < 1 or not 0 <= phase < k:
             raise ValueError(f"every(k={k}, phase={phase}) needs k >= 1 and 0 <= phase < k")
         kept = self.episodes[phase::k]
         if not kept:
             raise ValueError(f"every(k={k}, phase={phase}) keeps none of the {len(self.episodes)} episodes; lower them")
-        index = np.concatenate([np.arange(e.start, e.stop) for e in kept])
+        steps = np.concatenate([np.arange(e.start, e.stop) for e in kept])
         already, first = self.metadata.get("every", 1), self.metadata.get("phase", 0)
         thinning = {"every": k * already, "phase": first + phase * already}  # in episodes of the source run
-        fields = {name: getattr(self, name)[index] for name in _FIELDS}
+        fields = {name: getattr(self, name)[steps] for name in _FIELDS}
         return replace(self, **fields, metadata=self.metadata | thinning)
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -133,10 +138,12 @@ class LearningHistory:
 
         Raises:
             ValueError: not such a name, one that is taken, or a history without the metadata that `record` writes.
+            OSError: too little space is left on the disk.
         """
         import minari  # here alone: nothing else needs it
         from minari.data_collector import EpisodeBuffer
         from minari.dataset.minari_dataset import parse_dataset_id
+        from minari.storage import get_dataset_path
 
         from adbook.tasks import Task, family
 
@@ -148,6 +155,10 @@ class LearningHistory:
         lacking = {"task", "family_split", "source", "seed"} - set(self.metadata)
         if lacking:
             raise ValueError(f"metadata lack {', '.join(sorted(lacking))}; give a history that record made")
+        needed = 2 * sum(getattr(self, name).nbytes for name in _FIELDS)  # twice the numbers, for what HDF5 adds
+        if shutil.disk_usage(get_dataset_path()).free < needed:  # HDF5 takes the process down with it on a full disk
+            told = f"Minari's folder {get_dataset_path()} lacks space for {needed / 1e6:.0f} MB; free some"
+            raise OSError(errno.ENOSPC, told)
         buffers = [
             EpisodeBuffer(
                 id=i,
@@ -160,7 +171,7 @@ class LearningHistory:
             for i, e in enumerate(self.episodes)
         ]
         about = self.metadata["task"]
-        task = Task(**about | {"goal": tuple(about["goal"])})
+        task = Task(**about)
         env = family(task.family, self.metadata["family_split"]).make(task)
         source, seed = self.metadata["source"], self.metadata["seed"]
         described = {"algorithm_name": source, "description": f"Learning history of {source} on {task}, seed {seed}."}

@@ -142,7 +142,7 @@ def _tasks(histories: Sequence[LearningHistory]) -> list[Task]:
         if "task" not in history.metadata:
             raise ValueError(f"history {i} names no task in its metadata; give histories that record made")
     about = [history.metadata["task"] for history in histories]
-    tasks = [Task(**{**task, "goal": tuple(task["goal"])}) for task in about]
+    tasks = [Task(**task) for task in about]
     families = sorted({task.family for task in tasks})
     if len(families) > 1:
         raise ValueError(f"histories of {', '.join(families)} were given; give those of one family")

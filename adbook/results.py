@@ -158,14 +158,14 @@ def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -
 
 
 def source_returns(histories: Sequence[LearningHistory]) -> list[list[np.ndarray]]:
-    """Return the returns of all episodes of the data set's source runs: by task, by stream, (episodes,).
+    """Return the returns of all episodes of the data set's source runs: by task in order, by stream, (episodes,).
 
     Where episodes can end early, streams differ in their number.
     """
     runs: dict[int, list[np.ndarray]] = {}
     for history in histories:
         runs.setdefault(history.metadata["task"]["index"], []).append(np.array(history.metadata["source_returns"]))
-    return list(runs.values())
+    return [runs[task] for task in sorted(runs)]
 
 
 def source_curves(histories: Sequence[LearningHistory], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -180,7 +180,8 @@ def source_curves(histories: Sequence[LearningHistory], points: int = 60) -> tup
         that ended in the stretch before it, or the last before that, where none did.
     """
     config = histories[0].metadata["config"]
-    steps = config["steps"] * (1 + np.arange(points)) / points
+    made = max(config["n_envs"] * sum(history.metadata["source_lengths"]) for history in histories)
+    steps = max(config["steps"], made) * (1 + np.arange(points)) / points
     curves = np.empty((len(histories), points))
     for curve, history in zip(curves, histories, strict=True):
         returns, lengths = (np.array(history.metadata[f"source_{name}"]) for name in ("returns", "lengths"))
@@ -255,8 +256,8 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers of at least 0, one or more")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers from 0 to below 2**63, one or more")
 
 
 def _untrained(settings: Profile, trained: ADPolicy) -> ADPolicy:

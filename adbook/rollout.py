@@ -146,7 +146,7 @@ class Rollout:
         except SafetensorError as error:
             message = f"{path} is not a complete safetensors file ({error}); delete it and make it again."
             raise ValueError(message) from error
-        tasks = tuple(Task(**{**task, "goal": tuple(task["goal"])}) for task in described.pop("tasks"))
+        tasks = tuple(Task(**task) for task in described.pop("tasks"))
         return cls(tasks=tasks, **described, **arrays)
 
 

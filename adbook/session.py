@@ -34,7 +34,7 @@ class Session:
         self, agents: Mapping[str, nn.Module], family: TaskFamily, goal: Sequence[float], episodes: int, seed: int
     ) -> None:
         """Put every agent before its first step."""
-        task = Task(family.name, tuple(goal), "sampled", 0)
+        task = Task(family.name, goal, "sampled", 0)
         self.goals = [list(goal)]
         self._agents, self._seed = agents, seed
         self._plays = {

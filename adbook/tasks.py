@@ -39,6 +39,17 @@ class Task:
     split: str
     index: int
 
+    def __post_init__(self):
+        """Keep the goal as plain floats: it is part of the name and the seed of a task's runs, however it was given.
+
+        Raises:
+            ValueError: the goal is neither a number nor several of them in a row.
+        """
+        goal = np.array(self.goal, ndmin=1)
+        if goal.ndim != 1 or goal.dtype.kind not in "iuf":
+            raise ValueError(f"goal={self.goal!r} must be a number, or several in a row such as (0.1, -0.1)")
+        object.__setattr__(self, "goal", tuple(goal.astype(float).tolist()))
+
     def __str__(self) -> str:
         """Family, split and index, as in file names."""
         return f"{self.family}/{self.split}-{self.index:03d}"

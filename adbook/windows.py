@@ -14,12 +14,15 @@ class WindowConfig:
 
     episodes: int = 8  # kept episodes in a window
     every: int = 10  # keep one episode in so many
-    span: bool = True  # start at the history's start, so that a window shows the whole improvement; else anywhere
+    span: bool = True  # start among a history's first `every` episodes, to show how it began; else anywhere
 
     def __post_init__(self):
         """Refuse settings that cannot be cut."""
-        if self.episodes < 1 or self.every < 1:
-            raise ValueError(f"episodes={self.episodes} and every={self.every} must both be at least 1")
+        for name, value in (("episodes", self.episodes), ("every", self.every)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if type(self.span) is not bool:
+            raise ValueError(f"span={self.span!r} must be True or False")
 
 
 class Windows:

@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,14 @@ def test_unknown_requests_are_refused(request_, message):
         load_histories(**request_)
 
 
+def test_a_file_under_another_name_is_not_believed(tmp_path):
+    path = data_path("ant-dir", "sac", "train", tmp_path)
+    path.parent.mkdir()
+    path.write_bytes(data_path("reacher-goal", "droq", "test").read_bytes())
+    with pytest.raises(HistoryFileError, match=r"sac-train\.npz holds histories of reacher-goal droq test; fetch"):
+        load_histories("ant-dir", source="sac", folder=tmp_path)
+
+
 def test_what_is_not_there_is_told_with_what_is(tmp_path):
     write_packed(data_path("ant-dir", "ppo", "train", tmp_path), [noisy()])
     with pytest.raises(FileNotFoundError, match=r"sac on ant-dir .train.*there are: ppo-train\. .*--source sac"):
@@ -284,7 +293,10 @@ def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, smal
         follow("reacher-goal", None, split, **where)
     scores = results.source_scores(episodes=4, folder=tmp_path)["families"]["reacher-goal"]
     train = scores["sources"]["ppo"]["train"]
-    runs = results.source_returns(load_histories("reacher-goal", folder=tmp_path))
+    histories = load_histories("reacher-goal", folder=tmp_path)
+    runs = results.source_returns(histories)
+    for one, two in zip(runs, results.source_returns(histories[::-1]), strict=True):  # tasks, in whatever order
+        assert sorted(map(tuple, one)) == sorted(map(tuple, two))
     assert [[len(stream) for stream in streams] for streams in runs] == [[8, 8]] * 2  # tasks, streams, episodes
     expected = [
         np.mean([stream[-1] for stream in streams]) for streams in runs
@@ -345,3 +357,13 @@ def test_minari_reads_a_committed_history(tmp_path, monkeypatch):
     dataset = minari.load_dataset("reacher-goal/ppo-v0")
     returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
     np.testing.assert_allclose(returns, history.episode_returns, rtol=1e-6)
+
+
+def test_minari_is_not_called_on_a_full_disk(tmp_path, monkeypatch):
+    """HDF5 would take the whole process down."""
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"lacks space for \d+ MB; free some"):
+        adbook.load_histories("half-cheetah-vel")[0].to_minari("half-cheetah-vel/ppo-v0")
+    assert list(tmp_path.iterdir()) == []

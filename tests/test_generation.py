@@ -1,5 +1,6 @@
 """Generating histories: what is made and what is refused, seen from within one process."""
 
+import errno
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def test_only_a_missing_history_is_made_again(tmp_path, toy_source):
     assert toy_source == []
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError("the simulation diverged")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, TypeError("a mistake")])
 def test_a_stopped_recording_goes_on_where_it_stopped(tmp_path, toy_source, monkeypatch, stop):
     plain = generation.run_source
 
@@ -84,6 +85,41 @@ def test_a_stopped_recording_goes_on_where_it_stopped(tmp_path, toy_source, monk
     toy_source.clear()
     assert all(path.exists() for path in record_toy(tmp_path))
     assert toy_source == [(1, 5), (2, 0), (2, 5)]
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_their_end(tmp_path, toy_source, monkeypatch):
+    plain = generation.run_source
+
+    def diverging(family, task, config, seed, on_steps):
+        if (task.index, seed) == (1, 5):
+            raise ValueError("loc is nan\ntensor([nan])")
+        return plain(family, task, config, seed, on_steps)
+
+    monkeypatch.setattr(generation, "run_source", diverging)
+    message = r"1 of [16] runs failed, the others are finished: PPO on reacher-goal/train-001, seed 5: .*: loc is nan$"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="a run failed"), pytest.raises(ValueError, match=message):
+            record_toy(tmp_path)
+        assert len(files(tmp_path)) == 5
+    assert toy_source == [(0, 0), (0, 5), (1, 0), (2, 0), (2, 5)]  # each once
+
+
+def test_a_goal_in_whatever_form_is_the_same_run(tmp_path):
+    task = FAMILY.train_tasks[0]
+    for goal in (list(task.goal), np.array(task.goal), tuple(map(np.float64, task.goal))):
+        again = replace(task, goal=goal)
+        assert (again, repr(again)) == (task, repr(task))
+        assert run_paths(FAMILY, [again], TINY, folder=tmp_path) == run_paths(FAMILY, [task], TINY, folder=tmp_path)
+
+
+def test_files_on_a_read_only_disk_are_used(tmp_path, toy_source, monkeypatch):
+    paths = record_toy(tmp_path)
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert record_toy(tmp_path) == paths
 
 
 def test_another_setting_is_another_file(tmp_path):

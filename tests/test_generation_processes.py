@@ -43,20 +43,33 @@ record(FAMILY, FAMILY.train_tasks[:int(sys.argv[2])], CONFIGS[0], folder=sys.arg
 """
 
 
-def start(*arguments, program=PROGRAM, **options) -> subprocess.Popen:
-    """Record in a process of its own, which leads its process group."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes, **options)
+@pytest.fixture
+def start():
+    """Start recordings in processes of their own; what hangs is killed, or later tests would run beside it."""
+    started = []
+
+    def start(*arguments, program=PROGRAM, **options) -> subprocess.Popen:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill it and its children, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
 
 
 def output_of(process: subprocess.Popen) -> str:
-    """Wait for its end; one that hangs is killed with its children, or the tests that follow would run beside it."""
-    try:
-        return process.communicate(timeout=300)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"not finished within 300 s:\n{process.communicate()[0]}")
+    """Wait for its end."""
+    return process.communicate(timeout=300)[0]
 
 
 def wait_for(condition, seconds=300):
@@ -114,7 +127,7 @@ def cluster(backend):
     ("backend", "sources"),
     [("loky", 3), ("dask", 3), ("ray", 1)],  # Ray starts processes anew for each call, slowly
 )
-def test_workers_make_what_one_process_makes_though_one_of_them_is_killed(alone, tmp_path, backend, sources):
+def test_workers_make_what_one_process_makes_though_one_of_them_is_killed(start, alone, tmp_path, backend, sources):
     program = "import sys; from test_generation_processes import CONFIGS, cluster, record_all\n"
     program += "with cluster(sys.argv[2]): record_all(sys.argv[1], configs=CONFIGS[:int(sys.argv[3])])"
     expected = alone[: 2 * sources]
@@ -144,13 +157,12 @@ def test_threads_of_one_process_do_not_mix_their_dice(alone, tmp_path):
         assert_same_histories(alone, record_all(tmp_path, n_jobs=2))
 
 
-def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
+def test_after_sigkill_it_goes_on_and_nothing_half_is_left(start, tmp_path):
     paths = run_paths(FAMILY, FAMILY.train_tasks[:4], CONFIGS[0], folder=tmp_path)
     process = start(tmp_path, 4)
     wait_for(paths[0].exists)
     wait_for(lambda: any(name.endswith(".lock") for name in files(tmp_path)))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     finished = {path: path.read_bytes() for path in paths if path.exists()}
     for path in finished:
         assert len(read_histories(path)) == 2
@@ -162,7 +174,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(tmp_path):
     assert files(tmp_path) == sorted(path.name for path in paths)
 
 
-def test_two_processes_share_the_work(tmp_path):
+def test_two_processes_share_the_work(start, tmp_path):
     processes = [start(tmp_path, 6) for _ in range(2)]
     outputs = [output_of(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -173,7 +185,7 @@ def test_two_processes_share_the_work(tmp_path):
     assert sorted(made) == list(range(6))  # each of them once
 
 
-def test_a_full_disk_ends_with_a_clear_message_and_intact_files(tmp_path):
+def test_a_full_disk_ends_with_a_clear_message_and_intact_files(start, tmp_path):
     whole = record(FAMILY, FAMILY.train_tasks[:1], CONFIGS[0], folder=tmp_path, n_jobs=1, progress=False)
     before = whole[0].read_bytes()
     small = len(before) // 2  # no file may be larger: the system refuses the write as it does on a full disk

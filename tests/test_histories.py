@@ -1,5 +1,6 @@
 """Learning histories: what goes in comes out, whole episodes stay whole, and bad files are told from good ones."""
 
+import os
 import struct
 from dataclasses import fields
 
@@ -223,6 +224,14 @@ def test_nan_in_a_file_is_refused(tmp_path):
     rewrite(path, {"0/rewards": rewards})
     with pytest.raises(ValueError, match="rewards holds NaN or infinity, first at step 4 of toy"):
         read_histories(path)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """So that a power cut cannot leave the name with nothing behind it."""
+    path, synced = tmp_path / "h.safetensors", []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_size, path.exists())))
+    make_history().save(path)
+    assert synced == [(path.stat().st_size, False)]
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -372,6 +372,12 @@ def test_a_goal_that_cannot_be_is_refused(name, goal):
     assert f"goal={goal!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("goal", [("0.1", "0.1"), "left", [[0.1, 0.1]], None])
+def test_a_goal_that_is_no_number_makes_no_task(goal):
+    with pytest.raises(ValueError, match=r"goal=.* must be a number, or several in a row"):
+        Task("reacher-goal", goal, "sampled", 0)
+
+
 def test_a_task_of_another_family_is_refused():
     task = adbook.family("ant-dir").test_tasks[0]
     with pytest.raises(ValueError, match=r"ant-dir/test-000 is not a task of 'reacher-goal'.*family\('ant-dir'\)"):

@@ -1,5 +1,7 @@
 """Context windows: which episodes they hold, in which order, and what is refused."""
 
+import math
+
 import numpy as np
 import pytest
 from test_histories import make_history
@@ -73,8 +75,9 @@ def test_a_context_longer_than_a_history_is_refused():
 def test_windows_need_histories_and_positive_settings():
     with pytest.raises(ValueError, match="no history was given"):
         Windows([], WindowConfig(), 3)
-    with pytest.raises(ValueError, match="episodes=0 and every=10"):
-        WindowConfig(episodes=0)
+    for wrong in ({"episodes": 0}, {"every": 2.0}, {"every": math.nan}, {"episodes": True}, {"span": "no"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.* must be"):
+            WindowConfig(**wrong)
 
 
 def test_a_horizon_shorter_than_an_episode_is_refused():
