@@ -1,7 +1,7 @@
 """Recipes of the data set: the settings of each source on each family, and how much of its histories is kept.
 
-The settings were tuned on training tasks, until a source solved (almost) every one of them or, on Ant-Dir, until the
-time that one may wait was up. Chapter 3 shows what they come to.
+The settings were tuned on training tasks, until a source solved (almost) every one of them or the time that one may
+wait was up. Chapter 3 shows what they come to.
 """
 
 from dataclasses import dataclass, replace
