@@ -22,6 +22,8 @@ _MODULES = {
     "MambaConfig": "mamba",
     "Transformer": "transformer",
     "TransformerConfig": "transformer",
+    "WindowConfig": "windows",
+    "Windows": "windows",
     "ADPolicy": "policy",
     "PolicyConfig": "policy",
     "TrainingConfig": "training",

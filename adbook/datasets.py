@@ -43,7 +43,7 @@ def load_histories(
     Args:
         family: name of a task family, for example "ant-dir".
         source: "ppo", "sac" or "droq"; by default the one that serves the family best.
-        split: "train" or "test". Test histories normalise scores; they are never trained on.
+        split: "train" or "test". Test histories are there to compare with; they are never trained on.
         folder: where the data set is.
 
     Raises:
@@ -86,7 +86,7 @@ def check_known(what: str, value: str, known: Collection[str]) -> None:
 
 
 def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> LearningHistory:
-    """Keep about `episodes` whole episodes at equal distances, from the first on, and the returns and lengths of all.
+    """Keep up to `episodes` whole episodes at equal distances, and the returns and lengths of all of them.
 
     Args:
         history: a whole history, as recorded.

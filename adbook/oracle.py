@@ -1,4 +1,4 @@
-"""The oracle of a family: one expert that is shown the goal, trained on all tasks at once.
+"""The oracle of a family: one expert that is shown the goal, trained on goals drawn anew for every episode.
 
 It is what a network that has to find the goal out can at best hope to match, and the 1 of the scale on which sources
 are judged. Nothing else in the book ever sees a goal.

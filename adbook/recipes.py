@@ -24,7 +24,7 @@ class Recipe:
     train: int = 30  # training tasks, the first of the family's
     test: int = 16  # test tasks
     streams: int = 1  # of each run
-    episodes: int = 20  # of each stream, at equal distances from the first on
+    episodes: int = 20  # kept of each stream at most, at equal distances
 
 
 # The other three want a longer view ahead than Reacher-Goal, and rewards brought to one scale.

@@ -4,8 +4,8 @@
     python -m adbook ablations    one factor at a time, three seeds each, trained for a shorter time
     python -m adbook sources      the source algorithms' ends, between random actions and the oracle
 
-Each file holds the settings, the seeds, the commit, the machine and the date beside the raw returns; every figure and
-number in the book is drawn from these files or made on the page.
+Each file says with which settings, by which commit, on which machine and when it was made, and those of training hold
+seeds and raw returns; every figure and number in the book is drawn from these files or made on the page.
 """
 
 import json

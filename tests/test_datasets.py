@@ -344,6 +344,23 @@ def test_a_committed_file_is_what_its_recipe_says(path):
     assert np.mean(improved) > 0.95
 
 
+CARD = (HISTORIES / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_card_tells_the_sizes_of_a_family(name):
+    kind = adbook.family(name)
+    sizes = kind.horizon, kind.observation_size, kind.action_size, f"{kind.action_scale:g}"
+    assert f"| {name} | {' | '.join(map(str, sizes))} |" in CARD
+
+
+def test_the_code_of_the_card_runs():
+    """All of it, but with one update."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", CARD, re.DOTALL))
+    assert code.count("TrainingConfig()") == 1
+    exec(code.replace("TrainingConfig()", "TrainingConfig(updates=1, warmup=0, batch_size=2)"), {})
+
+
 def test_the_data_set_is_small_enough_for_a_clone():
     for name in FAMILIES:
         assert sum(path.stat().st_size for path in (HISTORIES / name).glob("*")) <= 16e6
