@@ -74,7 +74,8 @@ def _default_speed(kind: TaskFamily, algorithm: type[BaseAlgorithm], steps: int)
 def bench_droq(seeds: Sequence[int] = (0, 1, 2), steps: int = 6_000) -> dict[str, Any]:
     """Compare the learning curves of our DroQ and of sbx-rl's on one Half-Cheetah-Vel task, with the same settings.
 
-    One difference remains: sbx-rl's policy follows the smaller of the critics, ours their mean, as the paper's does.
+    Two differences remain: sbx-rl's policy follows the smaller of the critics, ours their mean, as the paper's does,
+    and its first weights are Flax's, ours torch's.
 
     Returns:
         "returns" and "sbx_returns", (seeds, episodes); the mean over seeds and the last quarter of episodes of each,

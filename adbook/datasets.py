@@ -8,14 +8,14 @@ Symbols: `H` histories, `K` episodes of all of them, `S` steps of all of them, `
 
 import json
 import os
-from collections.abc import Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adbook.checks import check_known
 from adbook.files import write_whole
 from adbook.histories import HistoryFileError, LearningHistory, check_continuous
 
@@ -75,14 +75,6 @@ def load_histories(
 def data_path(family: str, source: str, split: str, folder: str | os.PathLike = HISTORIES) -> Path:
     """Return the file of one family, source and split, whether or not it is there."""
     return Path(folder) / family / f"{source}-{split}.npz"
-
-
-def check_known(what: str, value: str, known: Collection[str]) -> None:
-    """Raise ValueError if `value` is none of the `known` names, with the closest one and the list of them."""
-    if not isinstance(value, str) or value not in known:
-        close = get_close_matches(str(value), known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(known)}")
 
 
 def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> LearningHistory:
@@ -159,7 +151,7 @@ def read_packed(path: str | os.PathLike) -> list[LearningHistory]:
                 _check_kind(Path(path), about)
                 stored = {name: file[name] for name in (*_HALVES, "lengths", "terminated", "truncated", "episodes")}
             return _unpacked(stored | {name: _restored(stored[name]) for name in _HALVES}, about["histories"])
-        except HistoryFileError:
+        except (HistoryFileError, OSError, MemoryError):  # the last two say nothing of the file
             raise
         except Exception as error:  # a damaged zip can raise nearly anything
             told = f"{path} is truncated, damaged or not a file of learning histories ({error}); fetch or make it again"

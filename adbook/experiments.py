@@ -10,13 +10,13 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from adbook import generation, metrics
+from adbook.checks import check_known
 from adbook.files import content_hash
 from adbook.histories import LearningHistory, read_histories
 from adbook.mamba import MambaConfig
@@ -129,10 +129,7 @@ def check_profile(name: str) -> str:
     Raises:
         ValueError: it is not; the message lists the profiles.
     """
-    if name not in _PRESETS:
-        close = get_close_matches(str(name), PROFILES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown profile {name!r}{hint}; choose one of {', '.join(PROFILES)}")
+    check_known("profile", name, PROFILES)
     return name
 
 

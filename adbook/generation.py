@@ -30,7 +30,7 @@ from adbook.vectors import simulator
 
 _RECORDING = 3  # raise it when the same settings and seed come to give other histories, so that none goes stale
 _PATIENCE = 10.0  # s, for a file that a worker has written to appear
-_LOSSES = 3  # times that a call starts again after workers were lost, before it gives up
+_LOSSES = 3  # times in a row that workers are lost, and no run finished, before a call gives up
 _one_run = threading.Lock()  # stable-baselines3 draws from global generators: two runs in one process would mix
 
 
@@ -92,7 +92,8 @@ def record(
             try:
                 failed = [error for error in Parallel(n_jobs=n_jobs)(jobs) if error]
                 if failed:
-                    told = f"{len(failed)} of {len(missing)} runs failed, the others are finished: {failed[0]}"
+                    finished = sum(path.is_file() for path in missing)
+                    told = f"{len(failed)} of {len(missing)} runs failed, {finished} are finished: {failed[0]}"
                     raise ValueError(told) from failed[0]
                 if wait:
                     _check_arrived(missing)

@@ -155,7 +155,7 @@ class LearningHistory:
         lacking = {"task", "family_split", "source", "seed"} - set(self.metadata)
         if lacking:
             raise ValueError(f"metadata lack {', '.join(sorted(lacking))}; give a history that record made")
-        needed = 2 * sum(getattr(self, name).nbytes for name in _FIELDS)  # twice the numbers, for what HDF5 adds
+        needed = sum(getattr(self, name).nbytes for name in _FIELDS) + 16_384 * len(self.episodes)  # what HDF5 adds
         if shutil.disk_usage(get_dataset_path()).free < needed:  # HDF5 takes the process down with it on a full disk
             told = f"Minari's folder {get_dataset_path()} lacks space for {needed / 1e6:.0f} MB; free some"
             raise OSError(errno.ENOSPC, told)
@@ -232,7 +232,7 @@ def read_histories(path: str | os.PathLike) -> list[LearningHistory]:
         with safe_open(path, framework="numpy") as file:
             metadata = _read_header(path, file.metadata() or {})
             return [_restored(file, i, m) for i, m in enumerate(metadata)]
-    except HistoryFileError:
+    except (HistoryFileError, OSError, MemoryError):  # the last two say nothing of the file
         raise
     except Exception as error:  # a damaged file can raise nearly anything
         raise HistoryFileError(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adbook.datasets import BEST, HISTORIES, SPLITS, check_known, data_path, thinned, write_packed
+from adbook.checks import check_known
+from adbook.datasets import BEST, HISTORIES, SPLITS, data_path, thinned, write_packed
 from adbook.files import check_writable
 from adbook.generation import record
 from adbook.histories import read_histories

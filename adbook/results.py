@@ -177,7 +177,7 @@ def source_curves(histories: Sequence[LearningHistory], points: int = 60) -> tup
 
     Returns:
         Steps of all environments of a run (points,), and returns (histories, points): each the mean of the episodes
-        that ended in the stretch before it, or the last before that, where none did.
+        that ended in the stretch before it, or the last before that, where none did (the first of all, before it ends).
     """
     config = histories[0].metadata["config"]
     made = max(config["n_envs"] * sum(history.metadata["source_lengths"]) for history in histories)

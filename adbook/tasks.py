@@ -7,12 +7,12 @@ else (`adbook.envs`). Splits are constants: no seed changes them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 import gymnasium
 import numpy as np
 from scipy.stats import qmc
 
+from adbook.checks import check_known
 from adbook.envs import AntDirEnv, HalfCheetahVelEnv, HiddenGoal, PusherGoalEnv, ReacherGoalEnv
 
 N_TRAIN, N_TEST, N_OOD = 128, 16, 16
@@ -203,10 +203,7 @@ def family(name: str, split: str = "default") -> TaskFamily:
     Raises:
         ValueError: unknown family or split.
     """
-    if name not in _SPECS:
-        close = get_close_matches(str(name), FAMILIES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown task family {name!r}{hint}; choose one of {', '.join(FAMILIES)}")
+    check_known("task family", name, FAMILIES)
     spec = _spec(name, split)
     allowed = SPLITS if spec.macaw else SPLITS[:1]
     if split not in allowed:

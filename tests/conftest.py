@@ -54,6 +54,14 @@ def smoke_book(_book_in_the_making) -> BuiltBook:
     return BuiltBook(folder / "html", folder / "stage" / "notebooks")
 
 
+@pytest.fixture
+def threads():
+    """A source leaves torch on one thread; the tests that follow get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Where Chromium is; where there is none, a skip that names the remedy (under CI a failure)."""

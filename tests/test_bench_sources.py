@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from stable_baselines3 import PPO
 
 from adbook import bench_sources
@@ -15,13 +14,7 @@ from adbook.recipes import RECIPES, Recipe
 from adbook.sources import DroQConfig, PPOConfig
 from adbook.vectors import simulator
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    """A source leaves torch on one thread; the tests that follow get theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def test_speeds_are_told_beside_the_defaults_of_stable_baselines3(monkeypatch):
@@ -64,5 +57,6 @@ def test_droq_is_compared_with_a_peer_of_the_same_settings(monkeypatch):
 
 def test_a_missing_peer_is_asked_for_before_any_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "sbx", None)
+    monkeypatch.setattr(bench_sources, "learn", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install sbx-rl==0\.28\.0"):
         bench_sources.bench_droq()

@@ -203,15 +203,13 @@ def test_every_family_has_recipes_that_fit_it():
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, threads):
     """A recipe that is followed in seconds, and no other."""
     tiny = PPOConfig(steps=800, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
     chosen = Recipe(tiny, train=2, test=1, streams=2, episodes=3)
     for name in FAMILIES:
         monkeypatch.setitem(RECIPES, name, {"ppo": chosen} if name == "reacher-goal" else {})
-    threads = torch.get_num_threads()
-    yield chosen
-    torch.set_num_threads(threads)  # a source leaves torch on one
+    return chosen
 
 
 def test_following_a_recipe_records_and_packs(tmp_path, small):

@@ -96,7 +96,9 @@ def test_a_run_that_fails_does_not_keep_the_others_from_their_end(tmp_path, toy_
         return plain(family, task, config, seed, on_steps)
 
     monkeypatch.setattr(generation, "run_source", diverging)
-    message = r"1 of [16] runs failed, the others are finished: PPO on reacher-goal/train-001, seed 5: .*: loc is nan$"
+    message = (
+        r"1 of (6 runs failed, 5|1 runs failed, 0) are finished: PPO on reacher-goal/train-001, seed 5: .*: loc is nan$"
+    )
     for _ in range(2):
         with pytest.warns(UserWarning, match="a run failed"), pytest.raises(ValueError, match=message):
             record_toy(tmp_path)
@@ -217,8 +219,8 @@ def test_what_killed_processes_left_is_taken_away(tmp_path, toy_source):
 
 
 def test_a_run_that_another_process_is_making_is_waited_for(tmp_path, toy_source):
-    """And is not made twice: when the other has finished, its file is taken."""
-    path = run_paths(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path)[0]
+    """And is not made twice: when the other has finished, its file is taken. Runs that nobody makes are made before."""
+    path, free = run_paths(FAMILY, FAMILY.train_tasks[:2], TINY, folder=tmp_path)
     path.parent.mkdir(parents=True)
     program = f"""
 import time
@@ -226,14 +228,15 @@ from pathlib import Path
 from filelock import FileLock
 with FileLock({str(path.with_name(f".{path.name}.lock"))!r}):
     print("locked", flush=True)
-    time.sleep(1)
+    while not Path({str(free)!r}).exists():
+        time.sleep(0.1)
     Path({str(path)!r}).write_bytes(b"the other's")
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
-        record(FAMILY, FAMILY.train_tasks[:1], TINY, folder=tmp_path, n_jobs=1, progress=False)
+        record(FAMILY, FAMILY.train_tasks[:2], TINY, folder=tmp_path, n_jobs=1, progress=False)
     assert path.read_bytes() == b"the other's"
-    assert toy_source == []
+    assert toy_source == [(1, 0)]
 
 
 def test_workers_that_die_again_and_again_end_it(tmp_path, monkeypatch):

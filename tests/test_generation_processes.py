@@ -174,7 +174,7 @@ def test_after_sigkill_it_goes_on_and_nothing_half_is_left(start, tmp_path):
     assert files(tmp_path) == sorted(path.name for path in paths)
 
 
-def test_two_processes_share_the_work(start, tmp_path):
+def test_two_processes_make_each_run_once(start, tmp_path):
     processes = [start(tmp_path, 6) for _ in range(2)]
     outputs = [output_of(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

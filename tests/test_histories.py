@@ -3,6 +3,7 @@
 import os
 import struct
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,19 @@ def test_nan_in_a_file_is_refused(tmp_path):
         read_histories(path)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_a_trouble_of_the_machine_is_not_blamed_on_the_file(tmp_path, monkeypatch, error):
+    """Else its message would say to delete a good file."""
+    path = make_history().save(tmp_path / "h.safetensors")
+
+    def troubled(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module, "safe_open", troubled)
+    with pytest.raises(type(error)):
+        read_histories(path)
+
+
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """So that a power cut cannot leave the name with nothing behind it."""
     path, synced = tmp_path / "h.safetensors", []
@@ -238,10 +252,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     path = make_history().save(tmp_path / "h.safetensors")
     before = path.read_bytes()
 
-    def interrupted(arrays, metadata):
+    def interrupted(path, data):
+        with path.open("wb") as file:
+            file.write(data[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     for name in ("h.safetensors", "new.safetensors"):
         with pytest.raises(KeyboardInterrupt):
             make_history(number=2.0).save(tmp_path / name)

@@ -17,13 +17,7 @@ TINY = PPOConfig(
 )
 FAMILY = adbook.family("reacher-goal")
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    """A source leaves torch on one thread; the tests that follow get theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def test_directions_are_shown_without_a_seam():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 import adbook
 from adbook import vectors
@@ -12,18 +13,11 @@ from adbook.droq import DroQ
 from adbook.sources import DroQConfig, PPOConfig, SACConfig, _dice, learn, run_source, source_name
 from adbook.vectors import TaskVector
 
+pytestmark = pytest.mark.usefixtures("threads")
 PPO = PPOConfig(steps=200, n_envs=2, streams=2, n_steps=50, batch_size=50, n_epochs=1)
 SAC = SACConfig(steps=200, n_envs=2, streams=2, learning_starts=50, batch_size=16)
 DROQ = DroQConfig(steps=200, n_envs=2, streams=2, learning_starts=150, batch_size=16, updates=2)
 ALL = pytest.mark.parametrize("config", [PPO, SAC, DROQ], ids=source_name)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """A source leaves torch on one thread; the tests that follow get theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -79,6 +73,18 @@ def test_a_bonus_for_entropy_keeps_exploration_up(reacher):
 
     assert log_std(0.0) < log_std(10.0)
     assert log_std(10.0) > PPO.log_std_init  # nothing else counts then
+
+
+@pytest.mark.parametrize("config", [SAC, DROQ], ids=source_name)
+def test_critics_are_updated_so_often_for_each_step(reacher, config):
+    """A step of any of the environments, after those of random actions."""
+    model = learn(TaskVector(reacher, reacher.train_tasks[:1] * config.n_envs, seed=0), config, seed=0)
+    assert model._n_updates == config.updates * (config.steps - config.learning_starts)
+
+
+def test_the_learning_rate_of_ppo_falls_linearly_to_0(reacher):
+    model = replace(PPO, learning_rate=0.004).build(TaskVector(reacher, reacher.train_tasks[:2], seed=0), 0)
+    assert [model.lr_schedule(remaining) for remaining in (1.0, 0.25, 0.0)] == [0.004, 0.001, 0.0]
 
 
 def test_tasks_have_dice_of_their_own(reacher):
@@ -171,6 +177,40 @@ def test_droq_keeps_dropout_in_the_target(reacher):
     with torch.no_grad():
         one, two = (torch.cat(model.critic_target(observations, actions)) for _ in range(2))
     assert not torch.equal(one, two)
+
+
+def test_droq_hands_out_targets_of_fresh_actions_and_last_of_all_the_policy_its_batch(reacher, monkeypatch):
+    """γ (1 - d) for every transition, α log π of an action drawn where it ended, batches in order."""
+    model = droq(reacher, gamma=0.9, temperature=0.3)
+    model.learn(2)  # no update yet
+    sizes = {"observations": 8, "actions": 2, "next_observations": 8, "rewards": 1}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(6, size, generator=generator) for name, size in sizes.items()}
+    dones = torch.tensor([0.0, 1, 0, 0, 1, 0])[:, None]
+    asked, critics, policy = [], [], []
+
+    def sample(*what, **_):
+        asked.append(what)
+        return ReplayBufferSamples(**drawn, dones=dones)
+
+    monkeypatch.setattr(model.replay_buffer, "sample", sample)
+    monkeypatch.setattr(model, "_update_critics", lambda *batch: critics.append(batch))
+    monkeypatch.setattr(model, "_update_policy", lambda *batch: policy.append(batch))
+    torch.manual_seed(5)
+    model.train(gradient_steps=3, batch_size=2)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        actions, log_probability = model.actor.action_log_prob(drawn["next_observations"])
+    assert asked == [(6,)]
+    names = "observations", "actions", "next_observations"
+    expected = [*(drawn[name] for name in names), actions, drawn["rewards"], 0.9 * (1 - dones)]
+    expected.append(0.3 * log_probability[:, None])
+    for column, whole in zip(zip(*critics, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(column), whole)
+    assert [len(batch[0]) for batch in critics] == [2, 2, 2]
+    ((observations, temperature),) = policy
+    assert torch.equal(observations, drawn["observations"][4:])
+    assert temperature.item() == pytest.approx(0.3)
 
 
 def test_droq_critic_update_by_hand(reacher):
@@ -277,10 +317,11 @@ def test_a_vector_that_never_ended_an_episode_has_no_stream(reacher):
     assert all(len(values) == 0 for values in vector.streams[0].values())
 
 
-def test_replaying_the_recorded_actions_gives_the_recorded_stream(reacher, monkeypatch):
-    """Nothing was lost, reordered or changed between the simulator and the record."""
+@pytest.mark.parametrize("normalize", [False, True])
+def test_replaying_the_recorded_actions_gives_the_recorded_stream(reacher, monkeypatch, normalize):
+    """Nothing was lost, reordered, changed or normalised between the simulator and the record."""
     monkeypatch.setitem(vectors._SIMULATORS, vectors.simulator("reacher-goal"), vectors._Gymnasium)
-    stream = run_source(reacher, reacher.train_tasks[0], PPO, seed=3)[1]
+    stream = run_source(reacher, reacher.train_tasks[0], replace(PPO, normalize=normalize), seed=3)[1]
     env = reacher.make(reacher.train_tasks[0])
     seeds = np.random.SeedSequence(_dice(reacher.train_tasks[0], 3)).generate_state(2)
     observation, _ = env.reset(seed=int(seeds[1]))
