@@ -157,7 +157,7 @@ class LearningHistory:
             raise ValueError(f"metadata lack {', '.join(sorted(lacking))}; give a history that record made")
         needed = sum(getattr(self, name).nbytes for name in _FIELDS) + 16_384 * len(self.episodes)  # what HDF5 adds
         if shutil.disk_usage(get_dataset_path()).free < needed:  # HDF5 takes the process down with it on a full disk
-            told = f"Minari's folder {get_dataset_path()} lacks space for {needed / 1e6:.0f} MB; free some"
+            told = f"Minari's folder {get_dataset_path()} lacks space for {needed / 1e3:.0f} kB; free some"
             raise OSError(errno.ENOSPC, told)
         buffers = [
             EpisodeBuffer(

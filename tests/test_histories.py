@@ -4,6 +4,7 @@ import os
 import struct
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -304,3 +305,7 @@ def test_minari_reads_the_export(recorded, tmp_path, monkeypatch):
         np.testing.assert_array_equal(episode.truncations, history.truncated[steps])
     env = dataset.recover_environment()
     assert tuple(env.unwrapped.goal) == adbook.family("reacher-goal").test_tasks[0].goal
+    taken = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=taken - 1))
+    with pytest.raises(OSError, match=r"lacks space for \d+ kB; free some"):
+        history.to_minari("reacher-goal/again-v0")
