@@ -78,7 +78,7 @@ def data_path(family: str, source: str, split: str, folder: str | os.PathLike = 
 
 
 def thinned(history: LearningHistory, episodes: int, phase: float = 0.0) -> LearningHistory:
-    """Keep up to `episodes` whole episodes at equal distances, and the returns and lengths of all of them.
+    """Keep up to `episodes` whole episodes at equal distances, and the returns and lengths of all episodes.
 
     Args:
         history: a whole history, as recorded.
@@ -151,7 +151,7 @@ def read_packed(path: str | os.PathLike) -> list[LearningHistory]:
                 _check_kind(Path(path), about)
                 stored = {name: file[name] for name in (*_HALVES, "lengths", "terminated", "truncated", "episodes")}
             return _unpacked(stored | {name: _restored(stored[name]) for name in _HALVES}, about["histories"])
-        except (HistoryFileError, OSError, MemoryError):  # the last two say nothing of the file
+        except HistoryFileError:
             raise
         except Exception as error:  # a damaged zip can raise nearly anything
             told = f"{path} is truncated, damaged or not a file of learning histories ({error}); fetch or make it again"
