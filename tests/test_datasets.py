@@ -313,6 +313,10 @@ def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, smal
 FILES = sorted(HISTORIES.glob("*/*.npz"))
 
 
+def test_the_data_set_has_what_its_recipes_say_and_nothing_else():
+    assert set(FILES) == {data_path(f, source, split) for f in RECIPES for source in RECIPES[f] for split in SPLITS}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_committed_file_is_what_its_recipe_says(path):
     name, (source, split) = path.parent.name, path.stem.split("-")
