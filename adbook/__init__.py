@@ -15,6 +15,8 @@ _MODULES = {
     "TaskFamily": "tasks",
     "FAMILIES": "tasks",
     "LearningHistory": "histories",
+    "read_histories": "histories",
+    "record": "generation",
     "load_histories": "datasets",
     "Oracle": "oracle",
     "selective_scan": "scan",

@@ -38,10 +38,11 @@ def histories(options: argparse.Namespace) -> None:
 
     for split in options.split:
         check_request(options.family, options.source, split, options.tasks)
+    folder, limits = experiments.RUNS / "histories", {"tasks": options.tasks, "n_jobs": options.jobs}
     for split in options.split:
-        made, limits = experiments.provenance(), {"tasks": options.tasks, "n_jobs": options.jobs}
-        path = follow(options.family, options.source, split, folder=experiments.RUNS / "histories", made=made, **limits)
-        print(path or f"recorded {options.tasks} {split} tasks; the data set needs all of them")
+        made = experiments.provenance()
+        path = follow(options.family, options.source, split, folder=folder, made=made, **limits)
+        print(path or f"{options.tasks} of the {split} tasks are in {folder / options.family}")
 
 
 def oracle(options: argparse.Namespace) -> None:
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--family", required=True, help="a task family")
     command.add_argument("--source", help="ppo, sac or droq (default: the one that serves the family best)")
     command.add_argument("--split", nargs="+", default=["train", "test"], help="train, test or both (the default)")
-    command.add_argument("--tasks", type=int, help="record only the first so many, and leave the data set alone")
+    command.add_argument("--tasks", type=int, help="record only so many of a split, and leave the data set alone")
     command.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
     command.set_defaults(run=histories)
     command = commands.add_parser("oracle", help=oracle.__doc__, description=oracle.__doc__)

@@ -60,8 +60,8 @@ def load_histories(
         there = sorted(p.stem for p in path.parent.glob("*.npz"))
         raise FileNotFoundError(
             f"no histories of {source} on {family} ({split}) in {folder}; there are: {', '.join(there) or 'none'}. "
-            f"Those with a recipe in adbook/recipes.py are made by python -m adbook histories --family {family} "
-            f"--source {source}"
+            "The data set comes with the repository, not with an installed package. Other sources can be recorded with "
+            "adbook.record"
         )
     histories = read_packed(path)
     for history in histories:

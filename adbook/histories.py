@@ -124,11 +124,14 @@ class LearningHistory:
         """Read a file that holds one history; see `read_histories`."""
         histories = read_histories(path)
         if len(histories) != 1:
-            raise HistoryFileError(f"{path} holds {len(histories)} histories; read it with read_histories")
+            raise HistoryFileError(f"{path} holds {len(histories)} histories; read it with adbook.read_histories")
         return histories[0]
 
     def to_minari(self, dataset_id: str):
         """Register the history as a Minari dataset, the standard form of offline reinforcement learning.
+
+        Its episodes are numbered from 0 in their order. The description names task, source and seed, and of a history
+        that was thinned out also the episodes kept: `phase`, `phase + every`, …
 
         Args:
             dataset_id: Minari's name, for example "reacher-goal/ppo-v0".
@@ -173,8 +176,9 @@ class LearningHistory:
         about = self.metadata["task"]
         task = Task(**about)
         env = family(task.family, self.metadata["family_split"]).make(task)
-        source, seed = self.metadata["source"], self.metadata["seed"]
-        described = {"algorithm_name": source, "description": f"Learning history of {source} on {task}, seed {seed}."}
+        told = [f"Learning history of {self.metadata['source']} on {task}, seed {self.metadata['seed']}"]
+        told += [f"{name} {self.metadata[name]}" for name in ("stream", "every", "phase") if name in self.metadata]
+        described = {"algorithm_name": self.metadata["source"], "description": ", ".join(told) + "."}
         with warnings.catch_warnings():  # Minari misses an author; the reader can add one to what it stores
             warnings.filterwarnings("ignore", message="`(code_permalink|author|author_email)` is set to None")
             return minari.create_dataset_from_buffers(dataset_id, buffers, env=env, eval_env=env.spec, **described)
@@ -223,11 +227,13 @@ def read_histories(path: str | os.PathLike) -> list[LearningHistory]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        HistoryFileError: the file is truncated, foreign, or of another schema version.
+        HistoryFileError: the file is truncated, foreign (also one of the data set), or of another schema version.
     """
     path = Path(path)
+    if path.suffix == ".npz":
+        raise HistoryFileError(f"{path} is not a recording; histories of the data set come from adbook.load_histories")
     if not path.is_file():
-        raise FileNotFoundError(f"no histories at {path}; record them with adbook.generation.record")
+        raise FileNotFoundError(f"no histories at {path}; record them with adbook.record")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = _read_header(path, file.metadata() or {})

@@ -101,7 +101,7 @@ def check_request(family: str, source: str | None, split: str, tasks: int | None
     check_known("split", split, SPLITS)
     wanted = getattr(recipe(family, source), split)
     if tasks is not None and (type(tasks) is not int or not 1 <= tasks <= wanted):
-        raise ValueError(f"tasks={tasks!r} must be from 1 to {wanted}, the {split} tasks of this recipe")
+        raise ValueError(f"tasks={tasks!r} must be from 1 to {wanted}, this recipe's tasks of the split {split!r}")
 
 
 def follow(

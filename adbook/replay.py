@@ -137,7 +137,7 @@ _POSITIONS = {"reacher-goal": _reacher, "pusher-goal": _pusher, "half-cheetah-ve
 
 def _tasks(histories: Sequence[LearningHistory]) -> list[Task]:
     if not histories:
-        raise ValueError("no history was given; give one a task, recorded with adbook.generation.record")
+        raise ValueError("no history was given; give one a task, recorded with adbook.record")
     for i, history in enumerate(histories):
         if "task" not in history.metadata:
             raise ValueError(f"history {i} names no task in its metadata; give histories that record made")

@@ -40,7 +40,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
     observation_noise: float = 0.02  # Gaussian, in standard deviations of each observation
-    seed: int = 0  # of initial weights, windows and noise
+    seed: int = 0  # of windows and noise; initial weights are drawn when the policy is made
     checkpoint_every: int = 500  # updates
 
     def __post_init__(self):

@@ -38,7 +38,7 @@ class Windows:
             ValueError: no history was given, one is too short for the context, or an episode is longer than `horizon`.
         """
         if not histories:
-            raise ValueError("no history was given; record some with adbook.generation.record")
+            raise ValueError("no history was given; record some with adbook.record")
         self.config, self.length = config, config.episodes * horizon
         needed = config.episodes * config.every
         self._episodes = [history.episodes for history in histories]

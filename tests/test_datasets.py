@@ -180,7 +180,7 @@ def test_a_file_under_another_name_is_not_believed(tmp_path):
 
 def test_what_is_not_there_is_told_with_what_is(tmp_path):
     write_packed(data_path("ant-dir", "ppo", "train", tmp_path), [noisy()])
-    with pytest.raises(FileNotFoundError, match=r"sac on ant-dir .train.*there are: ppo-train\. .*--source sac"):
+    with pytest.raises(FileNotFoundError, match=r"sac on ant-dir .train.*there are: ppo-train\. .*adbook\.record"):
         load_histories("ant-dir", source="sac", folder=tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_following_a_recipe_records_and_packs(tmp_path, small):
     tested = adbook.load_histories("reacher-goal", source="PPO", split="test", folder=tmp_path / "set")
     assert follow("reacher-goal", "PPO", "test", **where) == data_path("reacher-goal", "ppo", "test", tmp_path / "set")
     assert {h.metadata["task"]["split"] for h in tested} == {"test"}
-    with pytest.raises(ValueError, match="tasks=3 must be from 1 to 2, the train tasks"):
+    with pytest.raises(ValueError, match=r"tasks=3 must be from 1 to 2, this recipe.s tasks of the split .train"):
         follow("reacher-goal", tasks=3, **where)
     with pytest.raises(ValueError, match="unknown split 'ood'"):
         follow("reacher-goal", split="ood", **where)
@@ -235,7 +235,7 @@ def test_the_command_refuses_before_any_run_what_it_cannot_do(small, monkeypatch
     ask = ["histories", "--family", "reacher-goal", "--source", "PPO"]
     for wrong, told in (
         (["--split", "train", "tets"], "'tets' .did you mean 'test'"),
-        (["--tasks", "2"], "1, the test"),
+        (["--tasks", "2"], "from 1 to 1, .*split 'test'"),
     ):
         assert main([*ask, *wrong]) == 2
         assert re.search(told, capsys.readouterr().err)
@@ -345,6 +345,13 @@ def test_a_committed_file_is_what_its_recipe_says(path):
     assert np.mean(improved) > 0.95
 
 
+def test_a_stored_reward_is_near_what_its_stored_step_gives():
+    """The card has this number."""
+    for history in adbook.load_histories("reacher-goal"):
+        away = np.linalg.norm(history.next_observations[:, 6:8] - history.metadata["task"]["goal"], axis=1)
+        np.testing.assert_allclose(history.rewards, -away - 0.1 * (history.actions**2).sum(1), rtol=0, atol=0.0004)
+
+
 CARD = (HISTORIES / "README.md").read_text()
 
 
@@ -373,5 +380,7 @@ def test_minari_reads_a_committed_history(tmp_path, monkeypatch):
     history = adbook.load_histories("reacher-goal")[3]
     history.to_minari("reacher-goal/ppo-v0")
     dataset = minari.load_dataset("reacher-goal/ppo-v0")
+    kept = f"stream 3, every {history.metadata['every']}, phase {history.metadata['phase']}"
+    assert dataset.storage.metadata["description"].endswith(f"reacher-goal/train-000, seed 0, {kept}.")
     returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
     np.testing.assert_allclose(returns, history.episode_returns, rtol=1e-6)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import adbook
 from adbook import histories as module
+from adbook.datasets import data_path
 from adbook.generation import record
 from adbook.histories import (
     SCHEMA,
@@ -140,7 +141,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["two.safetensors"]
     single = given[0].save(tmp_path / "one.safetensors")
     assert_equal(LearningHistory.load(single), given[0])
-    with pytest.raises(HistoryFileError, match="holds 2 histories; read it with read_histories"):
+    with pytest.raises(HistoryFileError, match=r"holds 2 histories; read it with adbook.read_histories"):
         LearningHistory.load(path)
 
 
@@ -181,6 +182,8 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
     path.write_text("episode,return\n1,-12.0\n" * 10)
     with pytest.raises(HistoryFileError, match=r"weights\.safetensors is truncated, damaged or not a history file"):
         read_histories(path)
+    with pytest.raises(HistoryFileError, match=r"ppo-test\.npz is not a recording.*adbook\.load_histories"):
+        read_histories(data_path("ant-dir", "ppo", "test"))
     with pytest.raises(FileNotFoundError, match=r"nowhere.*record them with"):
         read_histories(tmp_path / "nowhere")
 
