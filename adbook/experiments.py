@@ -17,10 +17,12 @@ import torch
 
 from adbook import generation, metrics
 from adbook.checks import check_known
+from adbook.datasets import SPLITS, load_histories
 from adbook.files import content_hash
 from adbook.histories import LearningHistory, read_histories
 from adbook.mamba import MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig
+from adbook.recipes import recipe
 from adbook.rollout import RandomPolicy, Rollout, rollout
 from adbook.sources import PPOConfig
 from adbook.tasks import Task, TaskFamily
@@ -42,16 +44,16 @@ class Profile:
 
     name: str
     family: TaskFamily
+    n_tasks: int  # training tasks, the first n of the family's
+    source: PPOConfig
+    window: WindowConfig
+    episodes: int  # of a rollout
     seed: int = 0  # of the model: initial weights, windows, noise, rollouts
-    n_tasks: int = 128  # training tasks, the first n of the family's
     n_test: int = 16  # test (and out-of-distribution) tasks
-    source: PPOConfig = field(default_factory=PPOConfig)
     source_seeds: tuple[int, ...] = (0,)  # source runs a training task
-    window: WindowConfig = field(default_factory=lambda: WindowConfig(episodes=8, every=6))
     backbone: MambaConfig | TransformerConfig = field(default_factory=MambaConfig)
     head: str = "gaussian"
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    episodes: int = 20  # of a rollout
 
     def __post_init__(self):
         """Refuse what the family or the source cannot give, before any long work.
@@ -100,12 +102,14 @@ class Profile:
         return PolicyConfig(*sizes, backbone=self.backbone, head=self.head)
 
 
+# Episodes of a window and of a rollout; in the paper's profile both are twice as many.
+_EPISODES = {"reacher-goal": (8, 20), "pusher-goal": (18, 20), "half-cheetah-vel": (10, 10), "ant-dir": (10, 10)}
+
 # Only what differs from `Profile`'s defaults, each with its reason.
 _PRESETS = {
     "smoke": {  # every line runs in seconds; no number means anything
         "n_tasks": 4,
         "n_test": 2,
-        "source": PPOConfig(steps=1600, n_envs=4, streams=2, n_epochs=2),
         "window": WindowConfig(episodes=2, every=2),
         "backbone": MambaConfig(d_model=16, n_layers=2),
         "training": TrainingConfig(updates=6, batch_size=2, warmup=2, checkpoint_every=3),
@@ -113,12 +117,9 @@ _PRESETS = {
     },
     "laptop": {},
     "paper": {  # the paper's scale: 6 to 8 layers, width 384 to 512, one GPU
-        "source": PPOConfig(streams=16),
         "source_seeds": (0, 1, 2, 3),
-        "window": WindowConfig(episodes=16, every=3),
         "backbone": MambaConfig(d_model=384, n_layers=6),
         "training": TrainingConfig(updates=50_000, batch_size=128, learning_rate=3e-4, warmup=1000),
-        "episodes": 40,
     },
 }
 
@@ -151,15 +152,14 @@ def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, *
         if key not in allowed:
             raise ValueError(f"unknown setting {key!r}; choose from {', '.join(allowed)}")
     kind = task_family(family)
-    preset = {"source": PPOConfig()} | _PRESETS[name]
-    preset["source"] = _for_horizon(preset["source"], kind.horizon)
-    return Profile(name, kind, seed, **preset | changes)
-
-
-def _for_horizon(source: PPOConfig, horizon: int) -> PPOConfig:
-    """Scale settings made for Reacher-Goal's 50 steps, so that a history has as many episodes in every family."""
-    scaled = {name: getattr(source, name) * horizon // 50 for name in ("steps", "n_steps", "batch_size")}
-    return replace(source, **scaled)
+    best = recipe(family)
+    tiny = {"steps": 32 * kind.horizon, "n_envs": 4, "streams": 2, "batch_size": 200, "n_epochs": 2}
+    source = replace(best.config, **{"smoke": tiny, "laptop": {}, "paper": {"streams": 16}}[name])
+    context, played = (n * (1 + (name == "paper")) for n in _EPISODES[family])
+    every = max(1, source.steps_each // kind.horizon // context)  # so that a window reaches to the end of a history
+    preset = {"n_tasks": best.train, "source": source, "window": WindowConfig(context, every)}
+    preset |= {"episodes": played} | _PRESETS[name]
+    return Profile(name, kind, seed=seed, **preset | changes)
 
 
 def source_histories(settings: Profile, split: str = "train", *, progress: bool = True) -> list[LearningHistory]:
@@ -200,12 +200,23 @@ class References:
 
 
 def references(settings: Profile, split: str = "test") -> References:
-    """Measure random actions and the source's start and end on the tasks of a split."""
+    """Measure random actions and the source's start and end on the tasks of a split.
+
+    Where the data set holds the source's runs on these tasks, nothing is recorded.
+    """
     tasks = getattr(settings, f"{split}_tasks")
     by_task = {task: [] for task in tasks}
-    for history in source_histories(settings, split):
-        about = history.metadata["task"]
-        by_task[Task(**about)].append(history.episode_returns)
+    best = recipe(settings.family.name)
+    if settings.source == best.config and split in SPLITS and len(tasks) <= getattr(best, split):
+        histories = load_histories(settings.family.name, split=split)
+        returns = [np.array(history.metadata["source_returns"]) for history in histories]
+    else:
+        histories = source_histories(settings, split)
+        returns = [history.episode_returns for history in histories]
+    for history, episodes in zip(histories, returns, strict=True):
+        task = Task(**history.metadata["task"])
+        if task in by_task:
+            by_task[task].append(episodes)
     ends = [[r[len(r) - max(1, len(r) // 10) :].mean() for r in by_task[task]] for task in tasks]
     starts = [[r[: max(1, len(r) // 10)].mean() for r in by_task[task]] for task in tasks]
     uniform = RandomPolicy(settings.family.action_size, settings.family.action_scale)

@@ -1,11 +1,13 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from adbook import experiments, results
 from adbook.experiments import PROFILES, evaluate, profile, references, source_histories, trained_policy
+from adbook.recipes import recipe
 from adbook.sources import PPOConfig
 from adbook.tasks import FAMILIES
 from adbook.windows import WindowConfig
@@ -24,6 +26,15 @@ def test_every_profile_fits_reacher_goal(name):
     settings = profile(name)
     assert settings.policy.observation_size == 8
     assert settings.train_tasks == settings.family.train_tasks[: settings.n_tasks]
+
+
+@pytest.mark.parametrize("name", ["laptop", "paper"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_reach_to_the_end_of_the_best_source(name, family):
+    settings = profile(name, family)
+    episodes = settings.source.steps // settings.source.n_envs // settings.family.horizon
+    assert episodes - settings.window.episodes < settings.window.episodes * settings.window.every <= episodes
+    assert settings.source == replace(recipe(family).config, streams=settings.source.streams)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,6 +101,16 @@ def test_references_put_the_source_at_one_and_random_at_zero(runs):
     # A source of 1,600 steps may still be worse than random, which has no score; the ends are checked on made ones.
     ends = replace(ends, random=np.array([-12.0, -10.0]), source=np.array([-2.0, -1.0]))
     np.testing.assert_allclose(ends.score(np.array([[-12.0, -2.0], [-5.5, -1.0]])), [[0, 1], [0.5, 1]])
+
+
+def test_the_source_of_the_data_set_is_not_recorded_to_score_by(runs, monkeypatch):
+    monkeypatch.setattr(experiments, "source_histories", None)
+    settings = profile("laptop", "half-cheetah-vel", n_test=2)
+    monkeypatch.setattr(experiments, "rollout", lambda *_, **__: SimpleNamespace(returns=np.full((2, 20), -400.0)))
+    ends = references(settings)
+    scored = results.load_result("sources")["families"]["half-cheetah-vel"]["sources"]["ppo"]["test"]
+    np.testing.assert_allclose(ends.source, scored["end"][:2], atol=0.01)
+    np.testing.assert_allclose(ends.start, scored["start"][:2], atol=0.01)
 
 
 def test_evaluate_rolls_out_on_the_split_that_is_named(runs):
