@@ -207,16 +207,13 @@ def references(settings: Profile, split: str = "test") -> References:
     tasks = getattr(settings, f"{split}_tasks")
     by_task = {task: [] for task in tasks}
     best = recipe(settings.family.name)
-    if settings.source == best.config and split in SPLITS and len(tasks) <= getattr(best, split):
-        histories = load_histories(settings.family.name, split=split)
-        returns = [np.array(history.metadata["source_returns"]) for history in histories]
-    else:
-        histories = source_histories(settings, split)
-        returns = [history.episode_returns for history in histories]
-    for history, episodes in zip(histories, returns, strict=True):
+    there = settings.source == best.config and split in SPLITS and len(tasks) <= getattr(best, split)
+    histories = load_histories(settings.family.name, split=split) if there else source_histories(settings, split)
+    for history in histories:
         task = Task(**history.metadata["task"])
-        if task in by_task:
-            by_task[task].append(episodes)
+        if task in by_task:  # the data set can hold more
+            returns = history.metadata.get("source_returns", history.episode_returns)  # a thinned one keeps them all
+            by_task[task].append(np.array(returns))
     ends = [[r[len(r) - max(1, len(r) // 10) :].mean() for r in by_task[task]] for task in tasks]
     starts = [[r[: max(1, len(r) // 10)].mean() for r in by_task[task]] for task in tasks]
     uniform = RandomPolicy(settings.family.action_size, settings.family.action_scale)
