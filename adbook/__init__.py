@@ -33,7 +33,7 @@ _MODULES = {
     "Profile": "experiments",
     "profile": "experiments",
     "source_histories": "experiments",
-    "trained_policy": "experiments",
+    "trained_policy": "checkpoints",
     "references": "experiments",
     "evaluate": "experiments",
     "source_rollout": "replay",

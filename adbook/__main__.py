@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 
@@ -61,20 +63,36 @@ def oracle(options: argparse.Namespace) -> None:
 
 def sources(options: argparse.Namespace) -> None:
     """Score every source of the data set between random actions and the oracle, and write the numbers."""
-    from adbook.results import save_result, source_scores, update_card
+    from adbook.results import save_result
+    from adbook.source_scores import source_scores, update_card
 
     scores = source_scores()
     print(save_result("sources", scores))
     print(update_card(scores))
 
 
+def train(options: argparse.Namespace) -> None:
+    """Train agents on the histories of a family, and put their weights into artifacts/checkpoints."""
+    from adbook import experiments
+    from adbook.checkpoints import CHECKPOINTS, publish
+    from adbook.files import check_writable
+
+    settings = experiments.profile(options.profile, options.family)
+    agents = [experiments.as_agent(settings, agent) for agent in options.agents]
+    check_writable(CHECKPOINTS)
+    for agent, seed in product(agents, options.seeds):
+        print(publish(replace(agent, seed=seed)))
+
+
 def results(options: argparse.Namespace) -> None:
-    """Train three seeds, roll them out on held-out tasks with controls, and write the numbers the book shows."""
+    """Roll every agent out on held-out tasks, with controls, and write the numbers the book shows; train what lacks."""
     from adbook import experiments
     from adbook.results import in_context, save_result
 
+    train(options)
     settings = experiments.profile(options.profile, options.family)
-    print(save_result(f"{options.family}-{options.profile}", in_context(settings, options.seeds)))
+    result = in_context(settings, options.seeds, options.agents)
+    print(save_result(f"{options.family}-{options.profile}", result))
 
 
 def ablations(options: argparse.Namespace) -> None:
@@ -120,12 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
     command.add_argument("--output", type=Path, help="folder for the built book (default: _build)")
     command.set_defaults(run=book)
-    for run in (results, ablations):
+    for run in (train, results, ablations):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
         command.add_argument("--family", default="reacher-goal", help="a task family")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
         command.set_defaults(run=run)
+        if run is not ablations:
+            agents = ["mamba", "transformer", "decision-transformer"]
+            command.add_argument("--agents", nargs="+", default=agents, help="agents (default: all)")
         if run is ablations:
             command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
     command = commands.add_parser("histories", help=histories.__doc__, description=histories.__doc__)

@@ -4,7 +4,6 @@ An artefact's name holds a hash of everything that shapes it, so the same settin
 computed twice, and nothing stale is used. What is made goes to `runs/`.
 """
 
-import json
 import os
 import platform
 import subprocess
@@ -18,19 +17,19 @@ import torch
 from adbook import generation, metrics
 from adbook.checks import check_known
 from adbook.datasets import SPLITS, load_histories
-from adbook.files import content_hash
 from adbook.histories import LearningHistory, read_histories
-from adbook.mamba import MambaConfig
+from adbook.mamba import Mamba, MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig
 from adbook.recipes import recipe
 from adbook.rollout import RandomPolicy, Rollout, rollout
 from adbook.sources import PPOConfig
-from adbook.tasks import Task, TaskFamily
+from adbook.tasks import MACAW, Task, TaskFamily
 from adbook.tasks import family as task_family
-from adbook.training import TrainingConfig, TrainingLog, train
-from adbook.transformer import TransformerConfig
-from adbook.windows import WindowConfig, Windows
+from adbook.training import TrainingConfig
+from adbook.transformer import Transformer, TransformerConfig
+from adbook.windows import WindowConfig
 
+AGENTS = ("mamba", "transformer", "decision-transformer")
 PROFILES = ("smoke", "laptop", "paper")
 ROOT = Path(__file__).resolve().parents[1]
 # Wherever a chapter is run from, its artefacts are the repository's; ADBOOK_RUNS puts them elsewhere.
@@ -53,6 +52,7 @@ class Profile:
     source_seeds: tuple[int, ...] = (0,)  # source runs a training task
     backbone: MambaConfig | TransformerConfig = field(default_factory=MambaConfig)
     head: str = "gaussian"
+    return_to_go: bool = False  # True: the policy is conditioned on it
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self):
@@ -95,11 +95,21 @@ class Profile:
         return self.family.ood_tasks[: self.n_test]
 
     @property
+    def macaw_tasks(self) -> tuple[Task, ...]:
+        """The test tasks of MACAW's split, for published numbers; none where the family is not in it."""
+        return task_family(self.family.name, "macaw").test_tasks if self.family.name in MACAW else ()
+
+    @property
+    def agent(self) -> str:
+        """Which of `AGENTS` it is."""
+        return "decision-transformer" if self.return_to_go else self.policy.backbone_name
+
+    @property
     def policy(self) -> PolicyConfig:
         """Shape of the policy."""
         family = self.family
         sizes = family.observation_size, family.action_size, family.action_scale
-        return PolicyConfig(*sizes, backbone=self.backbone, head=self.head)
+        return PolicyConfig(*sizes, backbone=self.backbone, head=self.head, return_to_go=self.return_to_go)
 
 
 # Episodes of a window and of a rollout; in the paper's profile both are twice as many.
@@ -162,6 +172,34 @@ def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, *
     return Profile(name, kind, seed=seed, **preset | changes)
 
 
+def as_agent(settings: Profile, agent: str) -> Profile:
+    """Put another agent in Mamba's place: same data, windows and tokens, and as many weights, within 5 %.
+
+    Args:
+        settings: a profile with a Mamba.
+        agent: "mamba"; "transformer", which attends to a whole window; or "decision-transformer", the same one
+            conditioned on return-to-go.
+
+    Raises:
+        ValueError: unknown agent.
+    """
+    check_known("agent", agent, AGENTS)
+    if agent == "mamba":
+        return settings
+    backbone = _of_the_same_size(settings.backbone, settings.window.episodes * settings.family.horizon)
+    training = replace(settings.training, learning_rate=settings.training.learning_rate / 2)  # as attention needs
+    return replace(settings, backbone=backbone, training=training, return_to_go=agent == "decision-transformer")
+
+
+def _of_the_same_size(mamba: MambaConfig, context: int) -> TransformerConfig:
+    """A transformer of Mamba's depth and width, with as wide a network in its blocks as brings its weights closest."""
+    shape = TransformerConfig(mamba.d_model, mamba.n_layers, context=context)
+    with torch.device("meta"):
+        models = Mamba(mamba), *(Transformer(replace(shape, mlp=mlp)) for mlp in (1, 2))
+        wanted, one, two = (sum(p.numel() for p in model.parameters()) for model in models)
+    return replace(shape, mlp=round(8 * (1 + (wanted - one) / (two - one))) / 8)
+
+
 def source_histories(settings: Profile, split: str = "train", *, progress: bool = True) -> list[LearningHistory]:
     """Load the source histories of the tasks of a split, recording those that are missing.
 
@@ -221,28 +259,6 @@ def references(settings: Profile, split: str = "test") -> References:
     return References(played.returns.mean(1), np.mean(ends, 1), np.mean(starts, 1))
 
 
-def trained_policy(settings: Profile, *, progress: bool = True) -> tuple[ADPolicy, TrainingLog]:
-    """Load the policy of these settings, training it (from its last checkpoint, if there is one) when it is missing.
-
-    It is on the CPU, wherever it was trained: a step of a rollout is too little work for a GPU to pay.
-    """
-    name = f"{settings.family.name}-{settings.name}-{settings.policy.backbone_name}-seed{settings.seed}"
-    folder = RUNS / "policies" / f"{name}-{_training_hash(settings)}"
-    if (folder / "config.json").exists():
-        print(f"policy: loaded runs/policies/{folder.name}")
-        about = json.loads((folder / "config.json").read_text())["about"]
-        return ADPolicy.from_pretrained(folder), TrainingLog(**about["log"])
-    windows = Windows(source_histories(settings), settings.window, settings.family.horizon)
-    torch.manual_seed(settings.seed)
-    policy = ADPolicy(settings.policy)
-    training = replace(settings.training, seed=settings.seed)
-    log = train(policy, windows, training, checkpoint=folder / "training.safetensors", progress=progress)
-    policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | provenance())
-    minutes = log.seconds / 60
-    print(f"policy: trained {len(log.losses)} updates in {minutes:.1f} minutes, saved as runs/policies/{folder.name}")
-    return policy.cpu(), log
-
-
 def evaluate(settings: Profile, policy: ADPolicy, split: str = "test", **options) -> Rollout:
     """Roll a policy out on the tasks of a split with frozen weights; options are those of `adbook.rollout`."""
     options = {"episodes": settings.episodes, "seed": settings.seed} | options
@@ -280,10 +296,3 @@ def _commit() -> str:
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changed else commit
-
-
-def _training_hash(settings: Profile) -> str:
-    """Hash of all that shapes the weights: data, model, training, seed; not the profile's name or its evaluation."""
-    paths = generation.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
-    parts = (asdict(part) for part in (settings.policy, settings.window, settings.training))
-    return content_hash([path.name for path in paths], *parts, settings.policy.backbone_name, settings.seed)

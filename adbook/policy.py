@@ -5,6 +5,9 @@ episode; from the tokens up to t the model predicts a_t (arXiv 2506.13892, secti
 first three come from the last step of the episode before: the model sees across the border, as it must to learn across
 episodes.
 
+With `return_to_go` the token also holds the return that is still wanted in the episode: a Decision Transformer (Chen et
+al. 2021, arXiv 2106.01345), with learning histories as its context.
+
 | symbol | meaning                  | shape here        |
 |--------|--------------------------|-------------------|
 | B, L   | sequences, steps         |                   |
@@ -53,6 +56,7 @@ class PolicyConfig:
     embedding: int = 128  # hidden width of the network that makes a token
     log_std_min: float = -4.0  # bounds of log σ, in units of action_scale
     log_std_max: float = 1.0
+    return_to_go: bool = False  # show the return that is still wanted in the episode, as a Decision Transformer does
 
     def __post_init__(self):
         """Check the values."""
@@ -78,6 +82,7 @@ class PolicyState(NamedTuple):
     observation: Tensor  # of the step before, normalised, (n, O)
     action: Tensor  # of the step before, in units of action_scale, (n, A)
     known: Tensor  # (n, 1), 0 before the first step and 1 from then on
+    to_go: Tensor  # (n, 1), return that is still wanted in the episode; counted, but shown with `return_to_go` only
     backbone: Any  # the sequence model's own state
 
 
@@ -88,7 +93,7 @@ class ADPolicy(nn.Module):
         """Make an untrained policy; its normalisation is the identity until `set_statistics`."""
         super().__init__()
         self.config = config
-        token = 2 * config.observation_size + config.action_size + 2
+        token = 2 * config.observation_size + config.action_size + 2 + config.return_to_go
         width = config.backbone.d_model
         self.embed = nn.Sequential(nn.Linear(token, config.embedding), nn.GELU(), nn.Linear(config.embedding, width))
         self.backbone = _BACKBONES[config.backbone_name][1](config.backbone)
@@ -98,15 +103,30 @@ class ADPolicy(nn.Module):
         for name, size in (("observation", config.observation_size), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        for name, value in (("wanted", 0.0), ("return_std", 1.0)):
+            self.register_buffer(name, torch.full((1,), value), persistent=config.return_to_go)
 
-    def set_statistics(self, observations: Tensor, rewards: Tensor) -> None:
-        """Take the normalisation from training data: observations (…, O), rewards (…). It is saved with the weights."""
+    def set_statistics(self, observations: Tensor, rewards: Tensor, returns: Tensor | None = None) -> None:
+        """Take the normalisation from training data; it is saved with the weights.
+
+        Args:
+            observations: (…, O).
+            rewards: (…).
+            returns: (histories, episodes), NaN where a history has fewer; needed with `return_to_go`. What a policy
+                wants at the start of an episode is the mean of the last tenths of the histories.
+        """
+        if self.config.return_to_go:
+            ends = [one[~one.isnan()] for one in returns.double()]
+            self.wanted.fill_(torch.stack([end[-max(1, len(end) // 10) :].mean() for end in ends]).mean())
+            self.return_std.fill_(torch.cat(ends).std().clamp(min=1e-6))
         for name, data in (("observation", observations), ("reward", rewards.unsqueeze(-1))):
             data = data.flatten(0, -2).double()
             getattr(self, f"{name}_mean").copy_(data.mean(0))
             getattr(self, f"{name}_std").copy_(data.std(0).clamp(min=1e-6))
 
-    def forward(self, observations: Tensor, actions: Tensor, rewards: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, observations: Tensor, actions: Tensor, rewards: Tensor, starts: Tensor, to_go: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Predict the action of every step from the steps before it.
 
         Args:
@@ -114,6 +134,7 @@ class ADPolicy(nn.Module):
             actions: a, (B, L, A).
             rewards: r, (B, L).
             starts: (B, L) bool, whether a step opens an episode.
+            to_go: (B, L), sum of rewards from a step to its episode's end; needed with `return_to_go`.
 
         Returns:
             Mean and log σ of the action, (B, L, A) each, in units of `action_scale`; log σ is 0 for the "mse" head.
@@ -122,6 +143,8 @@ class ADPolicy(nn.Module):
         before = torch.cat((s, actions / self.config.action_scale, self._reward(rewards.unsqueeze(-1))), -1)
         before = F.pad(before, (0, 0, 1, -1))  # the step before; zeros before the first
         tokens = torch.cat((before, s, starts.unsqueeze(-1).to(s.dtype)), -1)  # (B, L, 2 O + A + 2)
+        if self.config.return_to_go:
+            tokens = torch.cat((tokens, self._to_go(to_go.unsqueeze(-1))), -1)
         return self._head(self.backbone(self.embed(tokens)))
 
     def loss(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
@@ -134,7 +157,8 @@ class ADPolicy(nn.Module):
         s = batch["observations"]
         if noise is not None:
             s = s + noise * self.observation_std
-        mean, log_std = self(s, batch["actions"], batch["rewards"], batch["starts"])
+        to_go = returns_to_go(batch["rewards"], batch["starts"], batch["valid"]) if self.config.return_to_go else None
+        mean, log_std = self(s, batch["actions"], batch["rewards"], batch["starts"], to_go)
         error = (batch["actions"] / self.config.action_scale - mean) ** 2
         if self.config.head == "gaussian":
             error = 0.5 * (error * torch.exp(-2 * log_std) + math.log(2 * math.pi)) + log_std
@@ -143,7 +167,7 @@ class ADPolicy(nn.Module):
     def init_state(self, n: int) -> PolicyState:
         """The state before the first step of `n` tasks."""
         zeros = self.observation_mean.new_zeros
-        sizes = self.config.observation_size, self.config.action_size, 1
+        sizes = self.config.observation_size, self.config.action_size, 1, 1
         return PolicyState(*(zeros(n, size) for size in sizes), self.backbone.init_state(n))
 
     def act(
@@ -173,16 +197,24 @@ class ADPolicy(nn.Module):
         s = (observation - self.observation_mean) / self.observation_std
         r = torch.zeros_like(state.known) if reward is None else self._reward(reward.unsqueeze(-1)) * state.known
         token = torch.cat((state.observation, state.action, r, s, start.unsqueeze(-1).to(s.dtype)), -1)
+        paid = self.reward_mean if reward is None else reward.unsqueeze(-1)
+        to_go = torch.where(start.unsqueeze(-1), self.wanted, state.to_go - paid)
+        if self.config.return_to_go:
+            token = torch.cat((token, self._to_go(to_go)), -1)
         hidden, backbone = self.backbone.step(self.embed(token), state.backbone)
         action, log_std = self._head(hidden)
         if self.config.head == "gaussian" and not deterministic:
             noise = torch.randn(action.shape, generator=generator, device=action.device)
             action = action + log_std.exp() * noise
         action = action.clamp(-1, 1)
-        return action * self.config.action_scale, PolicyState(s, action, torch.ones_like(state.known), backbone)
+        state = PolicyState(s, action, torch.ones_like(state.known), to_go, backbone)
+        return action * self.config.action_scale, state
 
     def _reward(self, reward: Tensor) -> Tensor:
         return (reward - self.reward_mean) / self.reward_std
+
+    def _to_go(self, to_go: Tensor) -> Tensor:
+        return (to_go - self.wanted) / self.return_std
 
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.head == "mse":
@@ -191,16 +223,21 @@ class ADPolicy(nn.Module):
         mean, log_std = self.head(hidden).chunk(2, -1)
         return mean, (log_std - 0.5).clamp(self.config.log_std_min, self.config.log_std_max)
 
-    def save_pretrained(self, path: str | os.PathLike, about: dict[str, Any] | None = None) -> Path:
+    def save_pretrained(
+        self, path: str | os.PathLike, about: dict[str, Any] | None = None, *, half: bool = False
+    ) -> Path:
         """Write `config.json` and `model.safetensors` into a folder, the layout of the Hugging Face Hub.
 
         Args:
             path: the folder; made if missing.
             about: what else to keep in `config.json` (data, training, machine, date).
+            half: keep weights, but not the normalisation, in 16 bits; reading gives 32 again.
         """
         path = Path(path)
         described = {"schema": SCHEMA, "backbone": self.config.backbone_name, "config": asdict(self.config)}
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        if half:
+            weights |= {name: weights[name].half() for name, _ in self.named_parameters()}
         config = json.dumps(described | {"about": about or {}}, indent=1)
         write_whole(path / "model.safetensors", lambda file: save_file(weights, file))
         write_whole(path / "config.json", lambda file: file.write_text(config + "\n"))
@@ -227,6 +264,25 @@ class ADPolicy(nn.Module):
                 "both files anew"
             ) from error
         return policy.eval()
+
+
+def returns_to_go(rewards: Tensor, starts: Tensor, valid: Tensor) -> Tensor:
+    """Sum the rewards from every step to the end of its episode.
+
+    Args:
+        rewards: (B, L).
+        starts: (B, L) bool, whether a step opens an episode; the last one ends with the valid steps.
+        valid: (B, L) bool.
+
+    Returns:
+        (B, L), of the dtype of the rewards.
+    """
+    length = rewards.shape[1]
+    left = (rewards * valid).double().flip(1).cumsum(1).flip(1)  # to the end of the window
+    left = F.pad(left, (0, 1))
+    opening = torch.where(starts, torch.arange(length, device=starts.device), length)
+    following = F.pad(opening[:, 1:], (0, 1), value=length).flip(1).cummin(1).values.flip(1)  # start of the next one
+    return (left[:, :-1] - left.gather(1, following)).to(rewards)
 
 
 def _from_hub(name: str) -> Path:

@@ -1,8 +1,8 @@
 """Results that take longer than a reader should wait for: made by one command each, kept as JSON in the repository.
 
-    python -m adbook results      three training seeds on the held-out tasks, with controls
+    python -m adbook results      every agent with three training seeds on the held-out tasks, and controls
     python -m adbook ablations    one factor at a time, three seeds each, trained for a shorter time
-    python -m adbook sources      the source algorithms' ends, between random actions and the oracle
+    python -m adbook sources      the source algorithms' ends (`adbook.source_scores`)
 
 Each file says with which settings, by which commit, on which machine and when it was made, and those of training hold
 seeds and raw returns; every figure and number in the book is drawn from these files or made on the page.
@@ -12,52 +12,96 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from adbook import experiments, metrics
-from adbook.datasets import HISTORIES, SPLITS, data_path, load_histories
-from adbook.experiments import Profile, References, describe, evaluate, provenance, references, trained_policy
+from adbook import experiments
+from adbook.checkpoints import published_policy, trained_policy
+from adbook.controls import ShuffledContext, reset_every_episode
+from adbook.experiments import AGENTS, Profile, References, as_agent, describe, evaluate, provenance, references
 from adbook.files import write_whole
-from adbook.histories import LearningHistory
 from adbook.oracle import Oracle
 from adbook.policy import ADPolicy
-from adbook.recipes import RECIPES
-from adbook.rollout import RandomPolicy, rollout
-from adbook.tasks import family
-from adbook.transformer import TransformerConfig
+from adbook.rollout import Rollout
+from adbook.source_scores import task_bounds
 from adbook.windows import WindowConfig
 
-SOLVED = 0.9  # the score, between random actions and the oracle, from which on a source has solved its task
-_CARD_MARKS = "<!-- numbers: written by `python -m adbook sources` -->", "<!-- end of numbers -->"
-CONTROLS = {"mamba": {}, "reward withheld": {"withhold_reward": True}, "deterministic": {"deterministic": True}}
 
+def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequence[str] = AGENTS) -> dict[str, Any]:
+    """Roll every agent out on held-out tasks with frozen weights, and Mamba with its controls.
 
-def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
-    """Train one policy a seed and roll each out on test and out-of-distribution tasks, with controls.
+    Policies are the repository's where it has them, else those of `adbook.checkpoints.trained_policy`.
+
+    Args:
+        settings: a profile with a Mamba.
+        seeds: of training, one policy each.
+        agents: of `adbook.experiments.AGENTS`.
 
     Returns:
-        JSON: "returns" by split and method as (seeds, tasks, episodes), "references" by split, "settings" and where it
-        was made. "untrained" is the same network before training.
+        JSON: "returns" by split ("test", "ood" and, where the family has it, "macaw") and method as (seeds, tasks,
+        episodes), the controls among the methods; "references" by split (test and ood); "bounds" by split: "random"
+        and "oracle", mean returns (tasks,); "within" by method: reward by episode and step, mean over seeds and test
+        tasks (episodes, steps); "training" and "weights" by agent; "settings" and where it was made.
     """
     _check_seeds(seeds)
-    runs = [replace(settings, seed=seed) for seed in seeds]
-    trained = [trained_policy(run) for run in runs]
-    policies, returns = [policy for policy, _ in trained], {}
-    for split in ("test", "ood"):
-        returns[split] = {
-            method: [
-                evaluate(run, policy, split, **options).returns for run, policy in zip(runs, policies, strict=True)
-            ]
-            for method, options in CONTROLS.items()
-        }
-        returns[split]["untrained"] = [evaluate(run, _untrained(run, policies[0]), split).returns for run in runs[:1]]
-    speed = [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for _, log in trained]
-    return _result(settings, seeds=list(seeds), returns=returns, training=speed, references=_references(settings))
+    kinds = {agent: as_agent(settings, agent) for agent in agents}
+    trained = {agent: [published_policy(replace(kind, seed=seed)) for seed in seeds] for agent, kind in kinds.items()}
+    policies = {agent: [policy for policy, _ in made] for agent, made in trained.items()}
+    oracle, returns, within, bounds = Oracle.load(settings.family.name), {}, {}, {}
+    for split in ("test", "ood", *(["macaw"] if settings.macaw_tasks else [])):
+        played = {agent: _play(settings, seeds, policies[agent], split) for agent in agents}
+        returns[split] = {agent: [one.returns for one in rollouts] for agent, rollouts in played.items()}
+        if split != "macaw":
+            returns[split] |= _controls(settings, seeds, policies["mamba"], split)
+        if split == "test":
+            within = {agent: _by_step(rollouts) for agent, rollouts in played.items()}
+        bounds[split] = task_bounds(oracle, getattr(settings, f"{split}_tasks"))
+    logs = {agent: [log for _, log in made] for agent, made in trained.items()}
+    speed = {
+        agent: [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for log in made]
+        for agent, made in logs.items()
+    }
+    weights = {agent: sum(p.numel() for p in made[0].parameters()) for agent, made in policies.items()}
+    parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds, "weights": weights}
+    return _result(settings, **parts, training=speed, references=_references(settings))
+
+
+def _play(
+    settings: Profile, seeds: Sequence[int], policies: Sequence[nn.Module], split: str, **options: bool
+) -> list[Rollout]:
+    """One rollout a policy and seed."""
+    runs = zip(policies, seeds, strict=True)
+    return [evaluate(replace(settings, seed=seed), policy, split, **options) for policy, seed in runs]
+
+
+def _controls(
+    settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy], split: str
+) -> dict[str, list[np.ndarray]]:
+    """Returns by control (seeds, tasks, episodes); "untrained" is one network before training."""
+    shuffled = [ShuffledContext(policy, seed) for policy, seed in zip(policies, seeds, strict=True)]
+    played = {
+        "reward withheld": _play(settings, seeds, policies, split, withhold_reward=True),
+        "deterministic": _play(settings, seeds, policies, split, deterministic=True),
+        "context shuffled": _play(settings, seeds, shuffled, split),
+        "untrained": _play(settings, seeds[:1], [_untrained(settings, policies[0])], split),
+    }
+    tasks = getattr(settings, f"{split}_tasks")
+    reset = [
+        reset_every_episode(policy, settings.family, tasks, episodes=settings.episodes, seed=seed)
+        for policy, seed in zip(policies, seeds, strict=True)
+    ]
+    return {name: [one.returns for one in rollouts] for name, rollouts in played.items()} | {"context reset": reset}
+
+
+def _by_step(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """Mean reward by episode and step over seeds and tasks, of those still playing (episodes, steps)."""
+    rewards = np.concatenate([one.rewards for one in rollouts])  # (seeds × tasks, K, T)
+    played = np.isfinite(rewards).sum(0)
+    return np.nansum(rewards, 0) / np.maximum(played, 1)
 
 
 def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
@@ -83,116 +127,6 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
     return _result(settings, updates=updates, seeds=list(seeds), variants=rows, references=references)
 
 
-def source_scores(episodes: int = 20, *, folder: str | os.PathLike = HISTORIES) -> dict[str, Any]:
-    """Put the end of every source run of the data set on the line from random actions (0) to the oracle (1).
-
-    Args:
-        episodes: played on each task by random actions and by the oracle, whose actions are the means.
-        folder: of the data set.
-
-    Returns:
-        JSON: "families" by family, each with "random" and "oracle" by split, mean returns (tasks,); "sources" by
-        source and split: "start" and "end", mean returns of the first and last tenth of episodes of a run's streams
-        (tasks,), "score" of the end (tasks,), and the "config" that the histories were made with.
-
-    Raises:
-        FileNotFoundError: there are no histories at all, or a family lacks its oracle.
-    """
-    read: dict[str, dict[tuple[str, str], list[LearningHistory]]] = {}  # all of it before the first episode is played
-    for name, recipes in RECIPES.items():
-        for source, split in product(recipes, SPLITS):
-            if data_path(name, source, split, folder).is_file():
-                histories = load_histories(name, source=source, split=split, folder=folder)
-                read.setdefault(name, {})[source, split] = histories
-    if not read:
-        raise FileNotFoundError(f"no histories in {folder}; make some with python -m adbook histories")
-    oracles = {name: Oracle.load(name) for name in read}
-    families = {name: _family_scores(name, oracles[name], there, episodes) for name, there in read.items()}
-    return {"episodes": episodes, "families": families, "made": provenance()}
-
-
-def _family_scores(
-    name: str, oracle: Oracle, there: dict[tuple[str, str], list[LearningHistory]], episodes: int
-) -> dict[str, Any]:
-    kind = family(name)
-    uniform = RandomPolicy(kind.action_size, kind.action_scale)
-    scores: dict[str, Any] = {"random": {}, "oracle": {}, "sources": {}}
-    for split in SPLITS:
-        tasks = getattr(kind, f"{split}_tasks")[: max(getattr(RECIPES[name][s], split) for s, _ in there)]
-        plays = {"random": uniform, "oracle": oracle.show(tasks)}
-        for end, policy in plays.items():
-            played = rollout(policy, kind, tasks, episodes=episodes, deterministic=end == "oracle")
-            scores[end][split] = played.returns.mean(1)
-    for (source, split), histories in there.items():
-        runs = source_returns(histories)
-        start = np.array([np.mean([r[: max(1, len(r) // 10)].mean() for r in streams]) for streams in runs])
-        end = np.array([np.mean([r[-max(1, len(r) // 10) :].mean() for r in streams]) for streams in runs])
-        ends = (scores[bound][split][: len(runs)] for bound in ("random", "oracle"))
-        numbers = {"end": end, "score": metrics.normalized_score(end, *ends), "start": start}
-        scores["sources"].setdefault(source, {"config": histories[0].metadata["config"]})[split] = numbers
-    return scores
-
-
-def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -> Path:
-    """Write the numbers of `source_scores` into the data set's card, README.md, between its two marks."""
-    card = Path(folder) / "README.md"
-    before, _, rest = card.read_text().partition(_CARD_MARKS[0])
-    _, closed, after = rest.partition(_CARD_MARKS[1])
-    if not closed:
-        raise ValueError(f"{card} has lost the marks of its table; put these two lines back: {' '.join(_CARD_MARKS)}")
-    names, numbers = ["family", "source", "split"], ["tasks", "histories", "kept", "MB", "end: mean", "worst"]
-    rows = [[*names, *numbers, "score: mean", "solved"], ["---"] * 3 + ["---:"] * 8]
-    for name, found in scores["families"].items():
-        for source, splits in found["sources"].items():
-            for split in (s for s in SPLITS if s in splits):
-                loaded = load_histories(name, source=source, split=split, folder=folder)
-                end, score = splits[split]["end"], splits[split]["score"]
-                rows.append([name, source, split, str(len(end)), str(len(loaded))])
-                rows[-1] += [f"{sum(len(h.episodes) for h in loaded):,}"]
-                rows[-1] += [f"{data_path(name, source, split, folder).stat().st_size / 1e6:.1f}"]
-                rows[-1] += [f"{np.mean(end):.1f}", f"{np.min(end):.1f}", f"{np.mean(score):.2f}"]
-                rows[-1] += [f"{np.mean(np.array(score) >= SOLVED):.0%}"]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    text = f"{before}{_CARD_MARKS[0]}\n{table}\n{_CARD_MARKS[1]}{after}"
-    return write_whole(card, lambda file: file.write_text(text))
-
-
-def source_returns(histories: Sequence[LearningHistory]) -> list[list[np.ndarray]]:
-    """Return the returns of all episodes of the data set's source runs: by task in order, by stream, (episodes,).
-
-    Where episodes can end early, streams differ in their number.
-    """
-    runs: dict[int, list[np.ndarray]] = {}
-    for history in histories:
-        runs.setdefault(history.metadata["task"]["index"], []).append(np.array(history.metadata["source_returns"]))
-    return [runs[task] for task in sorted(runs)]
-
-
-def source_curves(histories: Sequence[LearningHistory], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Put the returns of the data set's source runs on one axis of environment steps.
-
-    Args:
-        histories: of one source and split.
-        points: of the axis.
-
-    Returns:
-        Steps of all environments of a run (points,), and returns (histories, points): each the mean of the episodes
-        that ended in the stretch before it, or the last before that, where none did (the first of all, before it ends).
-    """
-    config = histories[0].metadata["config"]
-    made = max(config["n_envs"] * sum(history.metadata["source_lengths"]) for history in histories)
-    steps = max(config["steps"], made) * (1 + np.arange(points)) / points
-    curves = np.empty((len(histories), points))
-    for curve, history in zip(curves, histories, strict=True):
-        returns, lengths = (np.array(history.metadata[f"source_{name}"]) for name in ("returns", "lengths"))
-        ended = np.searchsorted(steps, config["n_envs"] * lengths.cumsum() - 1e-9)  # the stretch of each episode
-        for i in range(points):
-            before = np.flatnonzero(ended <= i)
-            here = returns[ended == i]
-            curve[i] = here.mean() if len(here) else returns[before[-1]] if len(before) else returns[0]
-    return steps, curves
-
-
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
     """Return what `ablations` compares: (factor, value, changed fields of the profile)."""
     full = settings.window
@@ -201,18 +135,13 @@ def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
     denser = [k for k in (1, 3) if k < full.every]
     thinning = [(k, {"window": WindowConfig(full.episodes, k, span=False)}) for k in denser] + [(full.every, {})]
     tasks = [(n, {"n_tasks": n}) for n in (16, 32, 64) if n < settings.n_tasks] + [(settings.n_tasks, {})]
-    attention = TransformerConfig(
-        d_model=settings.backbone.d_model,
-        n_layers=settings.backbone.n_layers,
-        context=full.episodes * settings.family.horizon,
-    )
-    slower = replace(settings.training, learning_rate=settings.training.learning_rate / 2)  # as attention needs
+    attention = as_agent(settings, "transformer")
     return [
         *(("context", f"{n} episodes", changes) for n, changes in context),
         *(("downsampling", f"1 in {k}", changes) for k, changes in thinning),
         *(("head", head, {"head": head}) for head in ("mse", "gaussian")),
         *(("training tasks", str(n), changes) for n, changes in tasks),
-        ("backbone", "transformer", {"backbone": attention, "training": slower}),
+        ("backbone", "transformer", {"backbone": attention.backbone, "training": attention.training}),
         ("backbone", "mamba", {}),
     ]
 
@@ -264,7 +193,8 @@ def _untrained(settings: Profile, trained: ADPolicy) -> ADPolicy:
     """Return the network as it was before training, with the trained one's normalisation."""
     torch.manual_seed(settings.seed)
     policy = ADPolicy(settings.policy)
-    policy.load_state_dict(policy.state_dict() | dict(trained.named_buffers()))
+    statistics = trained.state_dict().keys() - dict(trained.named_parameters()).keys()
+    policy.load_state_dict(policy.state_dict() | {name: trained.state_dict()[name] for name in statistics})
     return policy
 
 

@@ -125,6 +125,7 @@ _SPECS = {
 }
 FAMILIES = tuple(_SPECS)
 SPLITS = ("default", "macaw")
+MACAW = tuple(name for name, spec in _SPECS.items() if spec.macaw)  # families that have its split
 
 for _each in _SPECS.values():  # by name, so that a dataset can keep the environment's specification as JSON
     gymnasium.register(_each.id, f"{_each.env.__module__}:{_each.env.__name__}", max_episode_steps=_each.horizon)

@@ -153,7 +153,9 @@ def set_statistics(policy: ADPolicy, windows: Windows) -> None:
     """Set the policy's normalisation from the histories behind `windows`."""
     observations = np.concatenate([history.observations for history in windows.histories])
     rewards = np.concatenate([history.rewards for history in windows.histories])
-    policy.set_statistics(torch.from_numpy(observations), torch.from_numpy(rewards))
+    returns = [torch.from_numpy(np.asarray(history.episode_returns)) for history in windows.histories]
+    returns = nn.utils.rnn.pad_sequence(returns, batch_first=True, padding_value=math.nan)
+    policy.set_statistics(torch.from_numpy(observations), torch.from_numpy(rewards), returns)
 
 
 def _groups(policy: nn.Module, config: TrainingConfig) -> list[dict]:

@@ -42,14 +42,16 @@ class TransformerConfig:
     n_layers: int = 4  # blocks
     n_heads: int = 4  # H; d_model / n_heads must be even, for rotary positions
     context: int = 400  # W, tokens that a token attends to in each layer, itself included
-    mlp: int = 4  # hidden width of the network after the attention, in multiples of d_model
+    mlp: float = 4.0  # hidden width of the network after the attention, in multiples of d_model
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("d_model", "n_layers", "n_heads", "context", "mlp"):
+        for name in ("d_model", "n_layers", "n_heads", "context"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not (self.hidden >= 1 and self.hidden == self.mlp * self.d_model):
+            raise ValueError(f"mlp is {self.mlp!r}; times d_model ({self.d_model}) it must be a whole number from 1 on")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"d_model is {self.d_model} and n_heads {self.n_heads}; d_model must be a multiple of 2 × n_heads "
@@ -60,6 +62,11 @@ class TransformerConfig:
     def d_head(self) -> int:
         """P, the width of a head."""
         return self.d_model // self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the network after the attention."""
+        return round(self.mlp * self.d_model) if math.isfinite(self.mlp) else 0
 
 
 class LayerCache:
@@ -128,9 +135,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(config.d_model), nn.LayerNorm(config.d_model)
         self.attention = Attention(config)
         self.mlp = nn.Sequential(
-            nn.Linear(config.d_model, config.mlp * config.d_model),
+            nn.Linear(config.d_model, config.hidden),
             nn.GELU(),
-            nn.Linear(config.mlp * config.d_model, config.d_model),
+            nn.Linear(config.hidden, config.d_model),
         )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:

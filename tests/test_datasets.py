@@ -13,7 +13,7 @@ import torch
 from test_histories import ARRAYS, make_history
 
 import adbook
-from adbook import results
+from adbook import source_scores
 from adbook.__main__ import main
 from adbook.datasets import BEST, HISTORIES, SPLITS, data_path, load_histories, read_packed, thinned, write_packed
 from adbook.histories import HistoryFileError, LearningHistory
@@ -246,23 +246,23 @@ def test_curves_of_runs_whose_episodes_end_early_share_their_steps():
     about = {"config": {"steps": 24, "n_envs": 2}}
     one = replace(noisy(), metadata=about | {"source_returns": [1.0, 3.0, 5.0], "source_lengths": [2, 2, 8]})
     two = replace(noisy(), metadata=about | {"source_returns": [7.0], "source_lengths": [12]})
-    steps, curves = results.source_curves([one, two], points=6)
+    steps, curves = source_scores.source_curves([one, two], points=6)
     assert steps.tolist() == [4, 8, 12, 16, 20, 24]
     assert curves.tolist() == [[1, 3, 3, 3, 3, 5], [7] * 6]
-    assert results.source_curves([one], points=3)[1].tolist() == [
+    assert source_scores.source_curves([one], points=3)[1].tolist() == [
         [2, 3, 5]
     ]  # 8, 16, 24: the mean of two, the one before, the last
 
 
 def test_without_histories_there_is_nothing_to_score(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no histories in .*python -m adbook histories"):
-        results.source_scores(folder=tmp_path)
+        source_scores.source_scores(folder=tmp_path)
 
 
 def test_a_card_without_its_marks_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(ValueError, match="has lost the marks of its table"):
-        results.update_card({"families": {}}, tmp_path)
+        source_scores.update_card({"families": {}}, tmp_path)
 
 
 class Reach(torch.nn.Module):
@@ -283,16 +283,16 @@ class Reach(torch.nn.Module):
 
 
 def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(results.Oracle, "load", lambda name: Reach())
-    (tmp_path / "README.md").write_text("before\n" + "\n".join(results._CARD_MARKS) + "\nafter\n")
+    monkeypatch.setattr(source_scores.Oracle, "load", lambda name: Reach())
+    (tmp_path / "README.md").write_text("before\n" + "\n".join(source_scores._CARD_MARKS) + "\nafter\n")
     where = {"folder": tmp_path / "runs", "into": tmp_path, "n_jobs": 1}
     for split in SPLITS:
         follow("reacher-goal", None, split, **where)
-    scores = results.source_scores(episodes=4, folder=tmp_path)["families"]["reacher-goal"]
+    scores = source_scores.source_scores(episodes=4, folder=tmp_path)["families"]["reacher-goal"]
     train = scores["sources"]["ppo"]["train"]
     histories = load_histories("reacher-goal", folder=tmp_path)
-    runs = results.source_returns(histories)
-    for one, two in zip(runs, results.source_returns(histories[::-1]), strict=True):  # tasks, in whatever order
+    runs = source_scores.source_returns(histories)
+    for one, two in zip(runs, source_scores.source_returns(histories[::-1]), strict=True):  # tasks, in whatever order
         assert sorted(map(tuple, one)) == sorted(map(tuple, two))
     assert [[len(stream) for stream in streams] for streams in runs] == [[8, 8]] * 2  # tasks, streams, episodes
     expected = [
@@ -303,7 +303,7 @@ def test_sources_are_scored_between_random_actions_and_the_oracle(tmp_path, smal
     np.testing.assert_allclose(train["score"], (expected - bounds[0]) / (bounds[1] - bounds[0]), rtol=1e-5)
     assert (bounds[1] > bounds[0]).all()
     for _ in range(2):  # what stands between the marks is replaced
-        results.update_card({"families": {"reacher-goal": scores}}, tmp_path)
+        source_scores.update_card({"families": {"reacher-goal": scores}}, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("before\n")
     assert card.endswith("\nafter\n")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import adbook
 from adbook.mamba import MambaConfig
-from adbook.policy import SCHEMA, ADPolicy, PolicyConfig
+from adbook.policy import SCHEMA, ADPolicy, PolicyConfig, returns_to_go
 from adbook.transformer import TransformerConfig
 
 OBS, ACT, B, L = 5, 2, 3, 24
@@ -26,7 +26,9 @@ def make_policy(backbone="mamba", head="gaussian", **changes) -> ADPolicy:
     config = PolicyConfig(OBS, ACT, action_scale=2.0, backbone=BACKBONES[backbone], head=head, **changes)
     policy = ADPolicy(config).eval()
     torch.nn.init.normal_(policy.head.weight, std=0.3)
-    policy.set_statistics(3 + 2 * torch.randn(500, OBS), -1 + 0.5 * torch.randn(500))
+    returns = torch.linspace(-21, -2, 20).repeat(2, 1)
+    returns[1] = torch.cat((torch.tensor([-9.0, -9, -9, -9, -3]), torch.full((15,), torch.nan)))
+    policy.set_statistics(3 + 2 * torch.randn(500, OBS), -1 + 0.5 * torch.randn(500), returns)
     return policy
 
 
@@ -72,6 +74,37 @@ def test_acting_step_by_step_equals_forward_over_what_was_done(backbone, head):
     assert (mean.abs() > 1).any()  # the bound was met …
     assert (mean.abs() < 1).any()  # … and is not everywhere
     assert head == "gaussian" or (log_std == 0).all()
+
+
+def test_the_return_to_go_is_the_sum_of_what_is_left_of_the_episode():
+    rewards = torch.tensor([[1.0, 2, 3, 10, 20, 99], [1, 1, 1, 1, 1, 1]])
+    starts = torch.tensor([[True, False, False, True, False, False], [True, True, True, False, False, True]])
+    valid = torch.tensor([[True] * 5 + [False], [True] * 6])
+    expected = torch.tensor([[6.0, 5, 3, 30, 20, 0], [1, 1, 3, 2, 1, 1]])
+    assert torch.equal(returns_to_go(rewards, starts, valid), expected)
+
+
+@each_backbone
+@torch.inference_mode()
+def test_a_decision_transformer_counts_down_what_it_wants_as_forward_is_told(backbone):
+    policy, batch = make_policy(backbone, return_to_go=True), make_batch()
+    assert policy.wanted == -2.75  # the mean of the last two of twenty, -2.5, and of the last one of five, -3
+    actions = play(policy, batch, deterministic=True)
+    starts, paid = batch["starts"], batch["rewards"]
+    episodes = [slice(t, min(t + 7, L)) for t in range(0, L, 7)]
+    to_go = torch.cat([policy.wanted - paid[:, e].cumsum(1) + paid[:, e] for e in episodes], 1)
+    mean, _ = policy(batch["observations"], actions, paid, starts, to_go)
+    assert_close(actions, 2 * mean.clamp(-1, 1))
+    more, _ = policy(batch["observations"], actions, paid, starts, to_go + 1)
+    assert (more - mean).abs().amax((0, 2)).min() > 1e-4  # it matters at every step
+
+
+def test_the_loss_of_a_decision_transformer_shows_it_the_returns_of_the_batch():
+    policy, batch = make_policy(return_to_go=True), make_batch()
+    to_go = returns_to_go(batch["rewards"], batch["starts"], batch["valid"])
+    mean, log_std = policy(*(batch[name] for name in ("observations", "actions", "rewards", "starts")), to_go)
+    expected = -torch.distributions.Normal(mean, log_std.exp()).log_prob(batch["actions"] / 2).mean()
+    torch.testing.assert_close(policy.loss(batch), expected)
 
 
 @each_backbone

@@ -140,7 +140,9 @@ def test_residual_branches_start_smaller_in_deeper_stacks():
     ("changes", "message"),
     [
         ({"context": 0}, "context is 0; it must be a whole number of at least 1"),
-        ({"mlp": 1.5}, "mlp is 1.5"),
+        ({"mlp": 1.51}, r"mlp is 1.51; times d_model \(64\)"),
+        ({"mlp": 0}, "mlp is 0;"),
+        ({"mlp": float("nan")}, "mlp is nan;"),
         (
             {"d_model": 60, "n_heads": 8},
             r"d_model is 60 and n_heads 8; d_model must be a multiple of 2 × n_heads \(16\)",

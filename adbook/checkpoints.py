@@ -1,0 +1,92 @@
+"""Trained policies: those that the repository holds, and those that are trained here."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from adbook import experiments, generation
+from adbook.experiments import ROOT, Profile, describe, provenance, source_histories
+from adbook.files import content_hash
+from adbook.policy import ADPolicy
+from adbook.training import TrainingLog, train
+from adbook.windows import Windows
+
+CHECKPOINTS = ROOT / "artifacts" / "checkpoints"
+
+
+def trained_policy(
+    settings: Profile, *, recompute: bool = False, progress: bool = True
+) -> tuple[ADPolicy, TrainingLog]:
+    """Load the policy of these settings: one that was trained here, or the repository's; if there is none, train it.
+
+    A training that was interrupted goes on from its last checkpoint. The policy is on the CPU, wherever it was trained:
+    a step of a rollout is too little work for a GPU to pay.
+
+    Args:
+        settings: the profile.
+        recompute: leave the repository's policies aside.
+        progress: show bars.
+    """
+    folder = _own(settings)
+    if (folder / "config.json").exists():
+        print(f"policy: loaded runs/policies/{folder.name}")
+        return _load(folder)
+    if not recompute and is_published(settings):
+        print(f"policy: loaded artifacts/checkpoints/{published_at(settings).name}")
+        return _load(published_at(settings))
+    windows = Windows(source_histories(settings, progress=progress), settings.window, settings.family.horizon)
+    torch.manual_seed(settings.seed)
+    policy = ADPolicy(settings.policy)
+    training = replace(settings.training, seed=settings.seed)
+    log = train(policy, windows, training, checkpoint=folder / "training.safetensors", progress=progress)
+    policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | provenance())
+    minutes = log.seconds / 60
+    print(f"policy: trained {len(log.losses)} updates in {minutes:.1f} minutes, saved as runs/policies/{folder.name}")
+    return policy.cpu(), log
+
+
+def published_at(settings: Profile) -> Path:
+    """Folder in which the repository keeps a policy; that of the profile "laptop" and seed 0 has the plain name."""
+    profile = "" if settings.name == "laptop" else f"-{settings.name}"
+    seed = f"-seed{settings.seed}" if settings.seed else ""
+    return CHECKPOINTS / f"{settings.family.name}-{settings.agent}{profile}{seed}"
+
+
+def is_published(settings: Profile) -> bool:
+    """Whether the repository holds the policy of exactly these settings."""
+    config = published_at(settings) / "config.json"
+    return config.is_file() and json.loads(config.read_text())["about"].get("training") == _training_hash(settings)
+
+
+def published_policy(settings: Profile) -> tuple[ADPolicy, TrainingLog]:
+    """Load the repository's policy, and only if it has none, `trained_policy`'s."""
+    return _load(published_at(settings)) if is_published(settings) else trained_policy(settings)
+
+
+def publish(settings: Profile) -> Path:
+    """Put the policy of these settings into the repository, with weights of 16 bits; train it first if need be."""
+    if not is_published(settings):
+        policy, log = trained_policy(settings)
+        kept = asdict(log) | {"losses": [round(loss, 4) for loss in log.losses]}
+        made = json.loads((_own(settings) / "config.json").read_text())["about"] | {"log": kept}
+        policy.save_pretrained(published_at(settings), about=made | {"training": _training_hash(settings)}, half=True)
+    return published_at(settings)
+
+
+def _own(settings: Profile) -> Path:
+    name = f"{settings.family.name}-{settings.name}-{settings.agent}-seed{settings.seed}"
+    return experiments.RUNS / "policies" / f"{name}-{_training_hash(settings)}"
+
+
+def _load(folder: Path) -> tuple[ADPolicy, TrainingLog]:
+    policy = ADPolicy.from_pretrained(folder)
+    return policy, TrainingLog(**json.loads((folder / "config.json").read_text())["about"]["log"])
+
+
+def _training_hash(settings: Profile) -> str:
+    """Hash of all that shapes the weights: data, model, training, seed; not the profile's name or its evaluation."""
+    paths = generation.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
+    parts = (asdict(part) for part in (settings.policy, settings.window, settings.training))
+    return content_hash([path.name for path in paths], *parts, settings.policy.backbone_name, settings.seed)

@@ -1,0 +1,75 @@
+"""Controls: what is taken from a policy's context, and that nothing else is."""
+
+import numpy as np
+import pytest
+import torch
+
+from adbook import MambaConfig, TransformerConfig, family, rollout
+from adbook.controls import ShuffledContext, reset_every_episode
+from adbook.policy import ADPolicy, PolicyConfig
+
+BACKBONES = [MambaConfig(d_model=16, n_layers=2), TransformerConfig(d_model=16, n_layers=2, n_heads=2, context=400)]
+REACHER = family("reacher-goal")
+TASKS = REACHER.test_tasks[:3]
+
+
+@pytest.fixture(params=BACKBONES, ids=["mamba", "transformer"])
+def policy(request) -> ADPolicy:
+    """A policy whose weights are far from their small start, so that its context is seen in its actions."""
+    torch.manual_seed(0)
+    made = ADPolicy(PolicyConfig(REACHER.observation_size, REACHER.action_size, backbone=request.param)).eval()
+    torch.nn.init.normal_(made.head.weight, std=0.3)
+    return made
+
+
+def test_a_first_episode_has_no_past_to_shuffle_and_later_ones_differ(policy):
+    plain = rollout(policy, REACHER, TASKS, episodes=3, seed=1)
+    shuffled = rollout(ShuffledContext(policy), REACHER, TASKS, episodes=3, seed=1)
+    np.testing.assert_array_equal(shuffled.actions[:, 0], plain.actions[:, 0])
+    assert (shuffled.actions[:, 1] != plain.actions[:, 1]).any(axis=(1, 2)).all()
+    again = rollout(ShuffledContext(policy), REACHER, TASKS, episodes=3, seed=1)
+    np.testing.assert_array_equal(shuffled.actions, again.actions)
+    other = rollout(ShuffledContext(policy, seed=1), REACHER, TASKS, episodes=3, seed=1)
+    np.testing.assert_array_equal(other.actions[:, 0], plain.actions[:, 0])
+    assert (other.actions[:, 1] != shuffled.actions[:, 1]).any()
+
+
+@torch.inference_mode()
+def test_a_past_in_its_own_order_is_the_policy_itself(policy, monkeypatch):
+    """With the identity for a permutation, reading the past anew must change nothing but the rounding."""
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    generator = torch.Generator().manual_seed(2)
+    both = ShuffledContext(policy), policy
+    states = [one.init_state(2) for one in both]
+    for t in range(30):
+        observation, reward = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
+        start = torch.tensor([t % 10 == 0, t % 7 == 0])
+        played = []
+        for i, one in enumerate(both):
+            action, states[i] = one.act(observation, reward, start, states[i], deterministic=True)
+            played.append(action)
+        assert (played[0] - played[1]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_only_the_task_that_begins_an_episode_has_its_past_shuffled(policy):
+    """Whatever order a row's past is read in, it is the row's own past and complete."""
+    wrapped = ShuffledContext(policy)
+    generator, state = torch.Generator().manual_seed(2), wrapped.init_state(2)
+    for t in range(12):
+        observation, reward = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
+        before = state.tokens
+        _, state = wrapped.act(observation, reward, torch.tensor([t == 8, False]), state)
+        torch.testing.assert_close(state.tokens[1, :t], before[1], rtol=0, atol=0)
+        same = torch.equal(state.tokens[0, :t], before[0])
+        assert same == (t != 8)
+        ordered = (x[x[:, 0].argsort()] for x in (state.tokens[0, :t], before[0]))
+        torch.testing.assert_close(*ordered, rtol=0, atol=0)
+
+
+def test_with_a_context_that_is_reset_every_episode_is_a_first_one(policy):
+    wiped = reset_every_episode(policy, REACHER, TASKS, episodes=3, seed=4)
+    assert wiped.shape == (3, 3)
+    for k in range(3):
+        first = rollout(policy, REACHER, TASKS, episodes=2, seed=4 + k)
+        np.testing.assert_array_equal(wiped[:, k], first.returns[:, 0])
