@@ -87,12 +87,15 @@ def train(options: argparse.Namespace) -> None:
 def results(options: argparse.Namespace) -> None:
     """Roll every agent out on held-out tasks, with controls, and write the numbers the book shows; train what lacks."""
     from adbook import experiments
+    from adbook.checkpoints import write_card
     from adbook.results import in_context, save_result
 
     train(options)
     settings = experiments.profile(options.profile, options.family)
     result = in_context(settings, options.seeds, options.agents)
     print(save_result(f"{options.family}-{options.profile}", result))
+    for agent, seed in product(options.agents, options.seeds):
+        print(write_card(replace(experiments.as_agent(settings, agent), seed=seed), result))
 
 
 def ablations(options: argparse.Namespace) -> None:

@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from adbook import experiments, generation
+from adbook import experiments, generation, metrics
 from adbook.experiments import ROOT, Profile, describe, provenance, source_histories
-from adbook.files import content_hash
+from adbook.files import content_hash, write_whole
 from adbook.policy import ADPolicy
 from adbook.training import TrainingLog, train
 from adbook.windows import Windows
@@ -73,6 +75,79 @@ def publish(settings: Profile) -> Path:
         made = json.loads((_own(settings) / "config.json").read_text())["about"] | {"log": kept}
         policy.save_pretrained(published_at(settings), about=made | {"training": _training_hash(settings)}, half=True)
     return published_at(settings)
+
+
+_CARD = """---
+license: mit
+library_name: adbook
+pipeline_tag: reinforcement-learning
+tags: [in-context-reinforcement-learning, algorithm-distillation, {backbone}]
+---
+# {name}
+
+A policy that learns in context: with frozen weights it gets better at a task of {family} that it has never seen, from
+episode to episode. It imitates learning histories of {source} (algorithm distillation).
+
+    policy = adbook.ADPolicy.from_pretrained("artifacts/checkpoints/{name}")
+    adbook.rollout(policy, adbook.family("{family}"), adbook.family("{family}").test_tasks, episodes={episodes})
+
+| | |
+|---|---|
+| data | {n_tasks} training tasks, {streams} histories each of {source}, {steps:,} environment steps a task |
+| window | {window} |
+| network | {agent}, {weights:,} weights, kept in 16 bits |
+| training | {updates:,} updates of {batch:,} tokens in {minutes:.0f} minutes on {machine}, seed {seed} |
+| made | {date}, commit {commit}, torch {torch} |
+
+Score on {n_test} test tasks (0: random actions, 1: the end of {source} on the same task; interquartile mean):
+{first:.2f} in episode 1, **{last:.2f}** in the last five of {episodes}. All {n_seeds} seeds together: {all_last:.2f}.
+
+Limits: one family of tasks, one simulator (MuJoCo, gymnasium v5); actions are to be sampled, not taken at their means;
+beyond {window_episodes} episodes it does what no training has corrected. All settings are in `config.json`, all numbers
+in `artifacts/results`.
+"""
+
+
+def write_card(settings: Profile, result: dict[str, Any]) -> Path:
+    """Write the model card of a policy of the repository, with its scores.
+
+    Args:
+        settings: of the policy.
+        result: of `adbook.results.in_context`, with this agent and seed.
+    """
+    about = json.loads((published_at(settings) / "config.json").read_text())["about"]
+    ends = (np.array(result["references"]["test"][end]) for end in ("random", "source"))
+    scores = metrics.normalized_score(result["returns"]["test"][settings.agent], *ends)  # (seeds, tasks, episodes)
+    own = scores[result["seeds"].index(settings.seed)][None]
+    window, training = settings.window, settings.training
+    shown = f"{window.episodes} whole episodes, {window.episodes - window.hold} of them one in {window.every}"
+    if window.hold:
+        shown += f", {window.hold} of the last {window.every} of a history"
+    text = _CARD.format(
+        **{key: about[key] for key in ("machine", "date", "commit", "torch")},
+        name=published_at(settings).name,
+        family=settings.family.name,
+        backbone=settings.policy.backbone_name,
+        agent=settings.agent,
+        source=type(settings.source).__name__.removesuffix("Config"),
+        steps=settings.source.steps,
+        streams=settings.source.streams * len(settings.source_seeds),
+        n_tasks=settings.n_tasks,
+        n_test=settings.n_test,
+        window=shown,
+        window_episodes=window.episodes,
+        weights=result["weights"][settings.agent],
+        updates=training.updates,
+        batch=training.batch_size * window.episodes * settings.family.horizon,
+        minutes=about["log"]["seconds"] / 60,
+        seed=settings.seed,
+        episodes=settings.episodes,
+        first=metrics.iqm(own[..., 0]),
+        last=metrics.iqm(own[..., -5:].mean(-1)),
+        all_last=metrics.iqm(scores[..., -5:].mean(-1)),
+        n_seeds=len(result["seeds"]),
+    )
+    return write_whole(published_at(settings) / "README.md", lambda file: file.write_text(text))
 
 
 def _own(settings: Profile) -> Path:

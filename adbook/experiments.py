@@ -73,9 +73,10 @@ class Profile:
             raise ValueError(f"source_seeds={self.source_seeds} must be different seeds, one or more")
         _ = self.policy  # its own checks
         per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
-        if self.window.episodes * self.window.every > per_stream:
+        if self.window.needed > per_stream:
+            learning = self.window.episodes - self.window.hold
             raise ValueError(
-                f"a context of {self.window.episodes} episodes, one in {self.window.every}, exceeds a history of "
+                f"a context of {learning} episodes, one in {self.window.every}, exceeds a history of "
                 f"{per_stream} episodes; lower episodes or every, or raise the source's steps"
             )
 

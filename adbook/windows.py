@@ -10,11 +10,16 @@ from adbook.histories import LearningHistory
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """How context windows are cut: one episode in `every`, `episodes` of them, from the history's start or anywhere."""
+    """How context windows are cut: one episode in `every`, `episodes` of them, from the history's start or anywhere.
+
+    The last `hold` of a window's episodes are drawn from the history's last `every`, so that a window does not end as
+    soon as the source has learnt, but shows for a while what it then does.
+    """
 
     episodes: int = 8  # kept episodes in a window
     every: int = 10  # keep one episode in so many
     span: bool = True  # start among a history's first `every` episodes, to show how it began; else anywhere
+    hold: int = 0  # how many of the kept episodes are of the history's end
 
     def __post_init__(self):
         """Refuse settings that cannot be cut."""
@@ -23,6 +28,13 @@ class WindowConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if type(self.span) is not bool:
             raise ValueError(f"span={self.span!r} must be True or False")
+        if type(self.hold) is not int or not 0 <= self.hold < self.episodes:
+            raise ValueError(f"hold={self.hold!r} must be a whole number from 0 to below episodes={self.episodes}")
+
+    @property
+    def needed(self) -> int:
+        """Episodes that a history must have."""
+        return (self.episodes - self.hold) * self.every
 
 
 class Windows:
@@ -40,16 +52,16 @@ class Windows:
         if not histories:
             raise ValueError("no history was given; record some with adbook.record")
         self.config, self.length = config, config.episodes * horizon
-        needed = config.episodes * config.every
         self._episodes = [history.episodes for history in histories]
         for history, episodes in zip(histories, self._episodes, strict=True):
             longest = max(e.stop - e.start for e in episodes)
             if longest > horizon:
                 raise ValueError(f"horizon={horizon} is shorter than an episode of {longest} steps of {history!r}")
-            if len(episodes) < needed:
+            if len(episodes) < config.needed:
                 raise ValueError(
-                    f"a context of {config.episodes} episodes, one in {config.every}, needs {needed} episodes, but "
-                    f"{history!r} has {len(episodes)}; lower episodes or every, or record longer histories"
+                    f"a context of {config.episodes - config.hold} episodes, one in {config.every}, needs "
+                    f"{config.needed} episodes, but {history!r} has {len(episodes)}; lower episodes or every, or "
+                    "record longer histories"
                 )
         self.histories = list(histories)
 
@@ -66,8 +78,13 @@ class Windows:
     def _one(self, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         config, episodes, history = self.config, self._episodes[i], self.histories[i]
         kept = episodes[int(rng.integers(config.every)) :: config.every]
-        first = 0 if config.span else int(rng.integers(len(kept) - config.episodes + 1))
-        chosen = kept[first : first + config.episodes]
+        learning = config.episodes - config.hold
+        first = 0 if config.span else int(rng.integers(len(kept) - learning + 1))
+        chosen = kept[first : first + learning]
+        if config.hold:
+            ends = episodes[-config.every :]
+            picked = rng.choice(len(ends), config.hold, replace=config.hold > len(ends))
+            chosen = [*chosen, *(ends[j] for j in sorted(picked))]
         index = np.concatenate([np.arange(e.start, e.stop) for e in chosen])
         starts = np.zeros(self.length, bool)
         starts[np.cumsum([0, *(e.stop - e.start for e in chosen[:-1])])] = True

@@ -160,6 +160,31 @@ def test_the_source_of_the_data_set_is_not_recorded_to_score_by(runs, monkeypatc
     np.testing.assert_allclose(ends.start, scored["start"][:2], atol=0.01)
 
 
+def test_a_model_card_tells_data_training_and_the_scores_of_its_own_seed(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
+    settings = profile("smoke", seed=1)
+    publish(settings)
+    returns = np.full((2, 2, 6), -6.0)  # seeds, tasks, episodes
+    returns[1, :, -5:] = -3.0
+    ends = {"random": [-10.0, -10.0], "source": [-2.0, -2.0]}
+    result = {"seeds": [0, 1], "returns": {"test": {"mamba": returns}}, "references": {"test": ends}}
+    card = checkpoints.write_card(settings, result | {"weights": {"mamba": 9753}})
+    text = " ".join(card.read_text().split())
+    assert card == tmp_path / "reacher-goal-mamba-smoke-seed1" / "README.md"
+    for told in (
+        "4 training tasks, 2 histories each of PPO, 1,600 environment",
+        "2 whole episodes, 2 of them one in 2 |",
+    ):
+        assert told in text
+    for told in (
+        "6 updates of 200 tokens",
+        "9,753 weights",
+        "0.50 in episode 1, **0.88** in the last five of 6",
+        "0.69.",
+    ):
+        assert told in text
+
+
 def test_evaluate_rolls_out_on_the_split_that_is_named(runs):
     settings = profile("smoke")
     policy, _ = trained_policy(settings, progress=False)
@@ -194,6 +219,7 @@ def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, 
     for agent in AGENTS:
         by_step = result["within"][agent].sum(-1)
         np.testing.assert_allclose(by_step, np.mean(result["returns"]["test"][agent], (0, 1)), rtol=1e-5)
+    assert all(abs(n / result["weights"]["mamba"] - 1) < 0.05 for n in result["weights"].values())
     assert (result["bounds"]["test"]["oracle"] > result["bounds"]["test"]["random"]).all()
     path = results.save_result("reacher-goal-smoke", result, tmp_path)
     loaded = results.load_result("reacher-goal-smoke", tmp_path)

@@ -39,6 +39,19 @@ def test_a_window_of_the_last_phase_fits_exactly():
     assert windows["observations"][..., 0].max() == 11  # the history's last episode
 
 
+def test_a_window_that_holds_the_end_learns_first_and_then_stays_there():
+    windows = cut([make_history()], episodes=4, every=6, hold=2)  # twelve episodes: two to learn in, one in six
+    episodes = windows["observations"][:, ::3, 0]  # (windows, kept episodes)
+    np.testing.assert_array_equal(episodes[:, 1], episodes[:, 0] + 6)
+    assert set(episodes[:, 0]) == set(range(6))
+    held = episodes[:, 2:]
+    assert set(held.flatten()) == set(range(6, 12))
+    assert (held[:, 0] < held[:, 1]).all()  # in the order in which they were made, none twice
+    assert cut([make_history()], n=3, episodes=9, every=2, hold=8)[
+        "valid"
+    ].all()  # more than there are: some come twice
+
+
 def test_short_episodes_are_packed_and_the_rest_is_padding():
     windows = cut([make_history((3, 1, 2, 3))], n=5, episodes=4, every=1)
     assert windows["observations"].shape == (5, 12, 3)
@@ -75,7 +88,8 @@ def test_a_context_longer_than_a_history_is_refused():
 def test_windows_need_histories_and_positive_settings():
     with pytest.raises(ValueError, match="no history was given"):
         Windows([], WindowConfig(), 3)
-    for wrong in ({"episodes": 0}, {"every": 2.0}, {"every": math.nan}, {"episodes": True}, {"span": "no"}):
+    wrongs = {"episodes": 0}, {"every": 2.0}, {"every": math.nan}, {"episodes": True}, {"span": "no"}, {"hold": 8}
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.* must be"):
             WindowConfig(**wrong)
 
