@@ -167,7 +167,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=sources)
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
     command.add_argument(
-        "names", nargs="*", metavar="NAME", help="scan, training, rollout, sources, droq or player (default: all)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="scan, training, rollout, context, sources, droq or player (default: all)",
     )
     command.set_defaults(run=bench)
     command = commands.add_parser("pictures", help=pictures.__doc__, description=pictures.__doc__)

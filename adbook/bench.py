@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adbook.bench_context import bench_context
 from adbook.bench_player import bench_player
 from adbook.bench_scan import bench_scan, mambapy_scan
 from adbook.bench_sources import bench_droq, bench_sources
@@ -81,6 +82,7 @@ BENCHMARKS = {
     "scan": bench_scan,
     "training": bench_training,
     "rollout": bench_rollout,
+    "context": bench_context,
     "sources": bench_sources,
     "player": bench_player,
     "droq": bench_droq,  # the last, for its peer is the least likely to be installed
