@@ -166,12 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sources", help=sources.__doc__, description=sources.__doc__)
     command.set_defaults(run=sources)
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
-    command.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="scan, training, rollout, context, sources, droq or player (default: all)",
-    )
+    names = "scan, training, rollout, context, sources, droq or player (default: all)"
+    command.add_argument("names", nargs="*", metavar="NAME", help=names)
     command.set_defaults(run=bench)
     command = commands.add_parser("pictures", help=pictures.__doc__, description=pictures.__doc__)
     command.set_defaults(run=pictures)

@@ -39,12 +39,11 @@ def bench_context(
         "crossing" of each of the two, the length from which on Mamba is quicker (None if there is none);
         "remembered", and "memory" by backbone, bytes a task carries after so many steps.
     """
-    speeds: dict[str, dict[str, list[float]]] = {
-        kind: {"mamba": [], "transformer": []} for kind in ("training", "rollout")
-    }
+    timers = {"training": (_training, TOKENS), "rollout": (_playing, TASKS)}
+    speeds: dict[str, dict[str, list[float]]] = {kind: {"mamba": [], "transformer": []} for kind in timers}
     for length in lengths:
         models = _models(length)
-        for kind, timed, work in (("training", _training, TOKENS), ("rollout", _playing, TASKS)):
+        for kind, (timed, work) in timers.items():
             steps = {name: timed(model, length) for name, model in models.items()}
             [step() for step in steps.values()]  # compile, allocate
             times = np.array([[step() for step in steps.values()] for _ in range(rounds)]).min(0)

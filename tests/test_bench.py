@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from adbook import bench_player, bench_scan
+from adbook import bench_context, bench_player, bench_scan
+from adbook.experiments import profile
 from adbook.scan import selective_scan
 
 
@@ -69,6 +70,29 @@ def test_mambapy_is_asked_for_before_any_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "mambapy", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install mambapy==1.2.0 --no-deps"):
         bench_scan.bench_scan()
+
+
+def test_the_cost_of_a_context_is_measured_for_both_backbones_at_every_length(monkeypatch):
+    monkeypatch.setattr(bench_context, "TOKENS", 200)
+    result = bench_context.bench_context(lengths=(20, 50), remembered=(10, 1000), rounds=1)
+    for kind in ("training", "rollout"):
+        assert result[kind].keys() == {"mamba", "transformer"}
+        assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result[kind].values())
+    settings = profile("laptop")
+    shape = settings.backbone
+    state = 4 * shape.n_layers * shape.d_inner * (shape.d_conv + shape.d_state)
+    assert result["memory"]["mamba"] == [state, state]
+    cache = 4 * 2 * shape.n_layers * shape.d_model  # of a token
+    assert result["memory"]["transformer"] == [10 * cache, 1000 * cache]
+    assert abs(result["weights"]["transformer"] / result["weights"]["mamba"] - 1) < 0.05
+
+
+def test_the_crossing_lies_where_the_speeds_of_a_power_law_meet():
+    lengths = (10, 100, 1000)
+    mamba, attention = [50.0] * 3, [20_000 / length for length in lengths]  # equal at 400
+    assert bench_context._crossing(lengths, mamba, attention) == pytest.approx(400)
+    assert bench_context._crossing(lengths, [1.0] * 3, attention) is None
+    assert bench_context._crossing(lengths, [1e6] * 3, attention) == 10
 
 
 @pytest.fixture
