@@ -133,6 +133,39 @@ def _resample(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return scores[rng.integers(seeds, size=(seeds, tasks)), np.arange(tasks)]  # (S, n, ...)
 
 
+def probability_of_improvement(scores: ArrayLike, others: ArrayLike) -> float:
+    """Chance that a run of one method beats a run of another on the same task, averaged over tasks.
+
+    Agarwal et al. (2021, section 4.3): all pairs of seeds are compared on each task, and a tie counts as one half.
+
+    Args:
+        scores: ``(S, n)`` of the one.
+        others: ``(S', n)`` of the other.
+
+    Raises:
+        ValueError: The tasks differ in number, or there is no score.
+    """
+    scores, others = (np.asarray(x, dtype=np.float64) for x in (scores, others))
+    if scores.ndim != 2 or others.ndim != 2 or scores.shape[1] != others.shape[1] or not scores.size or not others.size:
+        raise ValueError(f"scores {scores.shape} and {others.shape} must be (seeds, tasks) of the same tasks.")
+    pairs = scores[:, None] - others  # (S, S', n)
+    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+
+
+def episodes_to_score(curve: ArrayLike, score: float = 0.9) -> float:
+    """Count the episodes until a curve reaches a score: 0.9 is nine tenths of the way to the source's end.
+
+    Args:
+        curve: ``(K,)``, an average over tasks: single tasks are too noisy for a first crossing.
+        score: To be reached.
+
+    Returns:
+        The number of the first such episode, counted from 1; infinity if there is none.
+    """
+    reached = np.flatnonzero(np.asarray(curve) >= score)
+    return float(reached[0] + 1) if reached.size else float("inf")
+
+
 def episodes_to_fraction(curve: ArrayLike, fraction: float = 0.9) -> float:
     """Episodes needed to come near the top: sample efficiency of in-context learning.
 

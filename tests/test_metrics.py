@@ -6,9 +6,25 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
+from adbook import metrics
 from adbook.metrics import episodes_to_fraction, iqm, jitter_and_drop, normalized_score, stratified_bootstrap
 
 RANDOM, SOURCE = np.array([-12.0, -8.0]), np.array([-2.0, -4.0])
+
+
+def test_the_probability_of_improvement_compares_all_pairs_of_seeds_on_a_task():
+    ours, theirs = [[1.0, 5.0], [3.0, 5.0]], [[2.0, 5.0], [0.0, 4.0], [2.0, 6.0]]
+    # Task 1: 1 beats 0 alone, 3 beats all: 4 of 6. Task 2: 5 ties with 5, beats 4, loses to 6: 1.5 of 3.
+    assert metrics.probability_of_improvement(ours, theirs) == pytest.approx((4 / 6 + 0.5) / 2)
+    assert metrics.probability_of_improvement(theirs, ours) == pytest.approx(1 - (4 / 6 + 0.5) / 2)
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(1, 3\) must be .* same tasks"):
+        metrics.probability_of_improvement(ours, [[1.0, 2.0, 3.0]])
+
+
+def test_episodes_to_a_score_are_counted_from_one():
+    assert metrics.episodes_to_score([0.2, 0.89, 0.9, 0.5]) == 3
+    assert metrics.episodes_to_score([0.2, 0.5], 0.2) == 1
+    assert metrics.episodes_to_score([0.2, 0.5]) == float("inf")
 
 
 def test_random_scores_zero_and_source_scores_one_on_every_task():
