@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
-from adbook import plots
+from adbook import panels, plots
 from adbook.look import GREY, METHODS
 from adbook.metrics import iqm, stratified_bootstrap
 
@@ -30,6 +30,9 @@ FIGURES = {
         steps={"PPO": 1e4 * np.arange(1, 8), "SAC": 1e3 * np.arange(1, 5)},
     ),
     "in context": lambda: plots.in_context_curve({"mamba": curves(), "random": curves()[0]}, rng=rng()),
+    "panels": lambda: panels.in_context_panels(
+        {"reacher-goal": {"mamba": curves()}, "ant-dir": {"mamba": curves(), "transformer": curves()}}, rng=rng()
+    ),
     "returns": lambda: plots.in_context_curve({"mamba": curves()}, rng=rng(), quantity="return"),
     "bars": lambda: plots.score_bars({"mamba": curves()[..., 0], "random": curves()[0, :, 0]}, rng=rng()),
     "numbers": lambda: plots.ablation_panel(
@@ -207,3 +210,14 @@ def test_wrong_shapes_and_quantities_are_refused():
         plots.score_bars({"mse": np.zeros((1, 2, 3))}, rng=rng())
     with pytest.raises(ValueError, match=r"responses has shape \(2, 5\).*\(2, 1, any\)"):
         plots.impulse_response(np.zeros((2, 5)), settings=[1, 2], slider="Δ")
+
+
+def test_panels_hold_the_curves_of_each_family_and_one_legend():
+    families = {"reacher-goal": {"mamba": curves()}, "ant-dir": {"mamba": 2 * curves(), "transformer": curves()}}
+    figure = panels.in_context_panels(families, rng=rng())
+    named = [(trace.name, trace.xaxis, trace.showlegend) for trace in figure.data if trace.name]
+    assert named == [("mamba", "x", True), ("mamba", "x2", False), ("transformer", "x2", True)]
+    one, two = (trace.y for trace in figure.data if trace.name == "mamba")
+    np.testing.assert_allclose(two, 2 * np.array(one))
+    with pytest.raises(ValueError, match="families is empty"):
+        panels.in_context_panels({}, rng=rng())
