@@ -98,6 +98,21 @@ def results(options: argparse.Namespace) -> None:
         print(write_card(replace(experiments.as_agent(settings, agent), seed=seed), result))
 
 
+def trial(options: argparse.Namespace) -> None:
+    """Train one policy with some settings changed, measure it on fresh tasks, and note it among what was tried."""
+    from adbook import experiments, metrics
+    from adbook.trials import changed, keep, trial
+
+    settings = experiments.profile(options.profile, options.family, options.seed)
+    settings = experiments.as_agent(settings, options.agent)
+    changed(settings, options.changes)  # refuses what it does not know
+    row = trial(settings, options.changes)
+    scores = metrics.normalized_score(row["returns"], row["bounds"]["random"], row["bounds"]["oracle"])
+    print("score by episode (0 random, 1 oracle; IQM):", metrics.iqm(scores[None]).round(2).tolist())
+    print(f"return by episode: {row['returns'].mean(0).round(1).tolist()}; {row['minutes']:.0f} minutes of training")
+    print(f"{len(keep(row))} trials are noted")
+
+
 def ablations(options: argparse.Namespace) -> None:
     """Train variants that differ in one factor, three seeds each, and write their returns."""
     from adbook import experiments
@@ -152,6 +167,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--agents", nargs="+", default=agents, help="agents (default: all)")
         if run is ablations:
             command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
+    command = commands.add_parser("trial", help=trial.__doc__, description=trial.__doc__)
+    command.add_argument("changes", nargs="*", metavar="SETTING=VALUE", help="for example training.updates=3000")
+    command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
+    command.add_argument("--family", default="reacher-goal", help="a task family")
+    command.add_argument("--agent", default="mamba", help="mamba (the default), transformer or decision-transformer")
+    command.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    command.set_defaults(run=trial)
     command = commands.add_parser("histories", help=histories.__doc__, description=histories.__doc__)
     command.add_argument("--family", required=True, help="a task family")
     command.add_argument("--source", help="ppo, sac or droq (default: the one that serves the family best)")

@@ -160,7 +160,7 @@ def load_references(result: dict[str, Any], split: str = "test") -> References:
 
 def save_result(name: str, result: dict[str, Any], folder: str | os.PathLike = experiments.RESULTS) -> Path:
     """Write `folder/name.json`, under a temporary name first; numbers are rounded to 4 decimals."""
-    text = json.dumps(_rounded(result), separators=(",", ":")) + "\n"
+    text = json.dumps(as_written(result), separators=(",", ":")) + "\n"
     return write_whole(Path(folder) / f"{name}.json", lambda file: file.write_text(text))
 
 
@@ -206,12 +206,12 @@ def _result(settings: Profile, **parts: Any) -> dict[str, Any]:
     return {"settings": describe(settings), "made": provenance()} | parts
 
 
-def _rounded(value: Any) -> Any:
-    """Turn arrays into lists and round every float to 4 decimals."""
+def as_written(value: Any) -> Any:
+    """Turn arrays and tuples into lists and round every float to 4 decimals, as `save_result` does."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: as_written(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return _rounded(value.tolist())
+        return as_written(value.tolist())
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [as_written(item) for item in value]
     return round(value, 4) if isinstance(value, float | np.floating) else value

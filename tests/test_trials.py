@@ -1,0 +1,56 @@
+"""Trials: changed settings, tasks of their own, and a file that keeps what was tried."""
+
+import numpy as np
+import pytest
+
+from adbook import experiments, trials
+from adbook.__main__ import main
+from adbook.experiments import profile
+
+
+def test_changes_reach_into_the_parts_of_a_profile():
+    settings = trials.changed(profile(), ["training.updates=300", "window.hold=2", "head=mse", "source_seeds=[0]"])
+    assert (settings.training.updates, settings.window.hold, settings.head) == (300, 2, "mse")
+    assert settings.training.batch_size == profile().training.batch_size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("hold", "'hold' is not a change; write for example training.updates=3000"),
+        ("window.holds=2", "there is no setting 'holds'; choose from episodes, every, span, hold"),
+        ("training.updates.x=2", "no setting 'x'; choose from none"),
+        ("training.updates=0", "updates=0 must be at least 1"),
+    ],
+)
+def test_a_change_of_nothing_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        trials.changed(profile(), [change])
+
+
+def test_a_trial_plays_tasks_of_its_own_and_is_noted_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    played = []
+    monkeypatch.setattr(trials, "rollout", lambda p, f, tasks, **o: played.extend(tasks) or _rollout(p, f, tasks, **o))
+    command = ["trial", "--profile", "smoke"]
+    assert main([*command, "training.updates=4"]) == 0
+    settings = profile("smoke")
+    goals = {task.goal for task in settings.family.train_tasks + settings.family.test_tasks}
+    assert len(played) == trials.N_TASKS
+    assert not goals & {task.goal for task in played}
+    assert main([*command, "training.updates=4", "training.observation_noise=0"]) == 0
+    assert main([*command, "training.updates=4"]) == 0  # once more
+    assert capsys.readouterr().out.endswith("2 trials are noted\n")
+    kept = trials.load_result("trials", experiments.RESULTS)["trials"]
+    assert [row["changes"] for row in kept] == [
+        ["training.updates=4", "training.observation_noise=0"],
+        ["training.updates=4"],
+    ]
+    assert np.shape(kept[0]["returns"]) == (trials.N_TASKS, settings.window.episodes + 2)
+    assert kept[0]["returns"] != kept[1]["returns"]
+    assert main([*command, "training.update=4"]) == 2
+    assert "choose from updates, batch_size" in capsys.readouterr().err
+
+
+_rollout = trials.rollout
