@@ -47,6 +47,8 @@ METHODS = {
     "untrained": Style(_ORANGE, "longdashdot", "cross"),
     "mse": Style(_SKY, "dash", "triangle-down"),
     "deterministic": Style(_SKY, "dot", "star"),
+    "decision-transformer": Style(_PURPLE, "dot", "star"),
+    "context shuffled": Style(GREY, "dashdot", "square-open"),
 }
 METHODS |= {
     "gaussian": METHODS["mamba"],  # the book's default head: the same network
@@ -57,6 +59,7 @@ METHODS |= {
     "mambapy": Style(_PURPLE, "dashdot", "triangle-up"),
     "reference loop": Style(_ORANGE, "longdashdot", "cross"),
     "memory wiped": Style(_ORANGE, "dash", "triangle-left"),
+    "context reset": Style(_ORANGE, "dash", "triangle-left"),
     "source's start": Style(_GREEN, "dot", "diamond-open"),
     "PPO": METHODS["source"],
     "SAC": Style(_PURPLE, "dashdot", "triangle-up"),
