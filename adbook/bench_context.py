@@ -20,9 +20,9 @@ TASKS = 16  # side by side in a rollout
 
 
 def bench_context(
-    lengths: Sequence[int] = (250, 500, 1000, 2000, 4000, 8000, 16_000),
+    lengths: Sequence[int] = (30, 60, 125, 250, 500, 1000, 2000, 4000, 8000, 16_000),
     remembered: Sequence[int] = (1000, 3000, 10_000, 30_000, 100_000),
-    rounds: int = 3,
+    rounds: int = 5,
 ) -> dict[str, Any]:
     """Compare the backbones of the laptop profile at contexts of many lengths.
 
