@@ -32,12 +32,17 @@ def changed(settings: Profile, changes: Sequence[str]) -> Profile:
     Raises:
         ValueError: a change that is no assignment, or one of a field that there is not.
     """
+    wanted: dict[str, Any] = {}  # nested as the settings are: what fits only together is set together
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"{change!r} is not a change; write for example training.updates=3000")
-        settings = _with(settings, path.split("."), _value(value), change)
-    return settings
+        *parts, name = path.split(".")
+        inner = wanted
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[name] = _value(value)  # the last of two that set the same
+    return _with(settings, wanted)
 
 
 def _value(text: str) -> Any:
@@ -48,13 +53,16 @@ def _value(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _with(part: Any, path: Sequence[str], value: Any, change: str) -> Any:
+def _with(part: Any, wanted: dict[str, Any]) -> Any:
     allowed = [f.name for f in fields(part)] if is_dataclass(part) else []
-    if path[0] not in allowed:
-        raise ValueError(f"{change!r}: there is no setting {path[0]!r}; choose from {', '.join(allowed) or 'none'}")
-    if len(path) > 1:
-        value = _with(getattr(part, path[0]), path[1:], value, change)
-    return replace(part, **{path[0]: value})
+    for name in wanted:
+        if name not in allowed:
+            raise ValueError(f"there is no setting {name!r} here; choose from {', '.join(allowed) or 'none'}")
+        if is_dataclass(getattr(part, name)) and not isinstance(wanted[name], dict):
+            inner = ", ".join(f"{name}.{f.name}" for f in fields(getattr(part, name)))
+            raise ValueError(f"{name!r} has settings of its own; choose from {inner}")
+    values = {n: _with(getattr(part, n), value) if isinstance(value, dict) else value for n, value in wanted.items()}
+    return replace(part, **values)
 
 
 def trial(settings: Profile, changes: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,14 +12,17 @@ def test_changes_reach_into_the_parts_of_a_profile():
     settings = trials.changed(profile(), ["training.updates=300", "window.hold=2", "head=mse", "source_seeds=[0]"])
     assert (settings.training.updates, settings.window.hold, settings.head) == (300, 2, "mse")
     assert settings.training.batch_size == profile().training.batch_size
+    together = trials.changed(profile("laptop", "half-cheetah-vel"), ["window.every=26", "window.hold=4"])
+    assert together.window.needed == 156  # of 156 episodes: without the other, "every" would not fit
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("hold", "'hold' is not a change; write for example training.updates=3000"),
-        ("window.holds=2", "there is no setting 'holds'; choose from episodes, every, span, hold"),
-        ("training.updates.x=2", "no setting 'x'; choose from none"),
+        ("window.holds=2", "no setting 'holds' here; choose from episodes, every, span, hold"),
+        ("training.updates.x=2", "no setting 'x' here; choose from none"),
+        ("window=3", "'window' has settings of its own; choose from window.episodes, window.every"),
         ("training.updates=0", "updates=0 must be at least 1"),
     ],
 )
