@@ -268,6 +268,8 @@ def test_a_card_without_its_marks_is_refused(tmp_path):
 class Reach(torch.nn.Module):
     """An oracle by hand: pulls the fingertip towards the goal with the transposed Jacobian, and damps."""
 
+    family = "reacher-goal"
+
     def show(self, tasks):
         self.goals = torch.tensor([task.goal for task in tasks])
         return self
