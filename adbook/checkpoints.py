@@ -120,9 +120,9 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
     scores = metrics.normalized_score(result["returns"]["test"][settings.agent], *ends)  # (seeds, tasks, episodes)
     own = scores[result["seeds"].index(settings.seed)][None]
     window, training = settings.window, settings.training
-    shown = f"{window.episodes} whole episodes, {window.episodes - window.hold} of them one in {window.every}"
+    shown = f"{window.episodes} whole episodes, one in {window.every}"
     if window.hold:
-        shown += f", {window.hold} of the last {window.every} of a history"
+        shown += f", and the last {window.hold} from the last {window.every} of a history"
     text = _CARD.format(
         **{key: about[key] for key in ("machine", "date", "commit", "torch")},
         name=published_at(settings).name,
