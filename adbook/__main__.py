@@ -90,6 +90,8 @@ def results(options: argparse.Namespace) -> None:
     from adbook.checkpoints import write_card
     from adbook.results import in_context, save_result
 
+    if "mamba" not in options.agents:
+        raise ValueError(f"agents {' '.join(options.agents)} lack mamba, whose controls the result holds; add it")
     train(options)
     settings = experiments.profile(options.profile, options.family)
     result = in_context(settings, options.seeds, options.agents)
@@ -101,11 +103,10 @@ def results(options: argparse.Namespace) -> None:
 def trial(options: argparse.Namespace) -> None:
     """Train one policy with some settings changed, measure it on fresh tasks, and note it among what was tried."""
     from adbook import experiments, metrics
-    from adbook.trials import changed, keep, trial
+    from adbook.trials import keep, trial
 
     settings = experiments.profile(options.profile, options.family, options.seed)
     settings = experiments.as_agent(settings, options.agent)
-    changed(settings, options.changes)  # refuses what it does not know
     row = trial(settings, options.changes)
     scores = metrics.normalized_score(row["returns"], row["bounds"]["random"], row["bounds"]["oracle"])
     print("score by episode (0 random, 1 oracle; IQM):", metrics.iqm(scores[None]).round(2).tolist())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adbook.bench_context import bench_context
+from adbook.bench_context import bench_context, training_step
 from adbook.bench_player import bench_player
 from adbook.bench_scan import bench_scan, mambapy_scan
 from adbook.bench_sources import bench_droq, bench_sources
@@ -41,8 +41,8 @@ def bench_training(rounds: int = 5) -> dict[str, float | int | str]:
     scan = mambapy_scan()
     config = MambaConfig(d_model=64, n_layers=4, d_state=16)
     torch.manual_seed(0)
-    ours = _training_step(Mamba(config))
-    theirs = _training_step(_with_scan(Mamba(config), scan))
+    ours = training_step(Mamba(config), BATCH, LENGTH)
+    theirs = training_step(_with_scan(Mamba(config), scan), BATCH, LENGTH)
     ours(), theirs()  # compile, allocate
     times = [(min(ours() for _ in range(3)), theirs()) for _ in range(rounds)]
     best_ours, best_theirs = (min(column) for column in zip(*times, strict=True))
@@ -104,21 +104,6 @@ class _Timed(ADPolicy):
         unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
         self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         return result
-
-
-def _training_step(model: Mamba) -> Callable[[], float]:
-    """A function that makes one training step on random data and returns its seconds."""
-    tokens, target = torch.randn(2, BATCH, LENGTH, model.config.d_model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> float:
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        (model(tokens) - target).square().mean().backward()
-        optimizer.step()
-        return time.perf_counter() - start
-
-    return step
 
 
 def _with_scan(model: Mamba, scan: Callable[..., Tensor]) -> Mamba:

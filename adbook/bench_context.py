@@ -64,8 +64,14 @@ def _models(context: int) -> dict[str, Mamba | Transformer]:
 
 
 def _training(model: Mamba | Transformer, length: int) -> Callable[[], float]:
-    """A function that makes one training step on random data and returns its seconds, as if for `TOKENS` tokens."""
+    """A function that makes one training step and returns its seconds, as if for `TOKENS` tokens."""
     batch = max(1, TOKENS // length)
+    step = training_step(model, batch, length)
+    return lambda: step() * TOKENS / (batch * length)
+
+
+def training_step(model: Mamba | Transformer, batch: int, length: int) -> Callable[[], float]:
+    """Return a function that makes one training step on random data and returns its seconds."""
     tokens, target = torch.randn(2, batch, length, model.config.d_model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
@@ -74,7 +80,7 @@ def _training(model: Mamba | Transformer, length: int) -> Callable[[], float]:
         optimizer.zero_grad()
         (model(tokens) - target).square().mean().backward()
         optimizer.step()
-        return (time.perf_counter() - start) * TOKENS / (batch * length)
+        return time.perf_counter() - start
 
     return step
 

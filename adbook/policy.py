@@ -82,7 +82,7 @@ class PolicyState(NamedTuple):
     observation: Tensor  # of the step before, normalised, (n, O)
     action: Tensor  # of the step before, in units of action_scale, (n, A)
     known: Tensor  # (n, 1), 0 before the first step and 1 from then on
-    to_go: Tensor  # (n, 1), return that is still wanted in the episode; counted, but shown with `return_to_go` only
+    to_go: Tensor  # (n, 1), return that is still wanted in the episode; 0 without `return_to_go`
     backbone: Any  # the sequence model's own state
 
 
@@ -197,9 +197,10 @@ class ADPolicy(nn.Module):
         s = (observation - self.observation_mean) / self.observation_std
         r = torch.zeros_like(state.known) if reward is None else self._reward(reward.unsqueeze(-1)) * state.known
         token = torch.cat((state.observation, state.action, r, s, start.unsqueeze(-1).to(s.dtype)), -1)
-        paid = self.reward_mean if reward is None else reward.unsqueeze(-1)
-        to_go = torch.where(start.unsqueeze(-1), self.wanted, state.to_go - paid)
+        to_go = state.to_go
         if self.config.return_to_go:
+            paid = self.reward_mean if reward is None else reward.unsqueeze(-1)
+            to_go = torch.where(start.unsqueeze(-1), self.wanted, to_go - paid)
             token = torch.cat((token, self._to_go(to_go)), -1)
         hidden, backbone = self.backbone.step(self.embed(token), state.backbone)
         action, log_std = self._head(hidden)
