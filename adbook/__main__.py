@@ -73,15 +73,20 @@ def sources(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train agents on the histories of a family, and put their weights into artifacts/checkpoints."""
+    import torch
+
     from adbook import experiments
-    from adbook.checkpoints import CHECKPOINTS, publish
+    from adbook.checkpoints import CHECKPOINTS, publish, train_on_gpu
     from adbook.files import check_writable
 
     settings = experiments.profile(options.profile, options.family)
     agents = [experiments.as_agent(settings, agent) for agent in options.agents]
     check_writable(CHECKPOINTS)
-    for agent, seed in product(agents, options.seeds):
-        print(publish(replace(agent, seed=seed)))
+    wanted = [replace(agent, seed=seed) for agent, seed in product(agents, options.seeds)]
+    if torch.cuda.is_available():
+        train_on_gpu(wanted)
+    for one in wanted:
+        print(publish(one))
 
 
 def results(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from adbook import generation, metrics
 from adbook.checks import check_known
-from adbook.datasets import SPLITS, load_histories
+from adbook.datasets import SPLITS, load_histories, thinned
 from adbook.histories import LearningHistory, read_histories
 from adbook.mamba import Mamba, MambaConfig
 from adbook.policy import ADPolicy, PolicyConfig
@@ -50,6 +50,8 @@ class Profile:
     seed: int = 0  # of the model: initial weights, windows, noise, rollouts
     n_test: int = 16  # test (and out-of-distribution) tasks
     source_seeds: tuple[int, ...] = (0,)  # source runs a training task
+    recorded: bool = True  # False: train on the repository's data set, whose histories are thinned out, and record none
+    kept: int | None = None  # episodes kept of each recorded history, at equal distances; None: all
     backbone: MambaConfig | TransformerConfig = field(default_factory=MambaConfig)
     head: str = "gaussian"
     return_to_go: bool = False  # True: the policy is conditioned on it
@@ -73,6 +75,8 @@ class Profile:
             raise ValueError(f"source_seeds={self.source_seeds} must be different seeds, one or more")
         _ = self.policy  # its own checks
         per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
+        if self.kept is not None:
+            per_stream = min(per_stream, self.kept)
         if self.window.needed > per_stream:
             learning = self.window.episodes - self.window.hold
             raise ValueError(
@@ -217,12 +221,19 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
     """
     tasks = getattr(settings, f"{split}_tasks")
     seeds = settings.source_seeds if split == "train" else (0,)
+    if split == "train" and not settings.recorded:
+        chosen = {asdict(task)["index"] for task in tasks}
+        histories = load_histories(settings.family.name)
+        return [history for history in histories if history.metadata["task"]["index"] in chosen]
     where = {"seeds": seeds, "folder": RUNS / "histories"}
     paths = generation.run_paths(settings.family, tasks, settings.source, **where)
     missing = sum(not path.exists() for path in paths)
     generation.record(settings.family, tasks, settings.source, **where, progress=progress)
     print(f"{split} histories: recorded {missing} source runs, loaded {len(paths) - missing}")
-    return [history for path in paths for history in read_histories(path)]
+    histories = (history for path in paths for history in read_histories(path))
+    if split == "train" and settings.kept is not None:
+        return [thinned(history, settings.kept) for history in histories]
+    return list(histories)
 
 
 @dataclass(frozen=True)

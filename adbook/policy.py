@@ -145,7 +145,8 @@ class ADPolicy(nn.Module):
         tokens = torch.cat((before, s, starts.unsqueeze(-1).to(s.dtype)), -1)  # (B, L, 2 O + A + 2)
         if self.config.return_to_go:
             tokens = torch.cat((tokens, self._to_go(to_go.unsqueeze(-1))), -1)
-        return self._head(self.backbone(self.embed(tokens)))
+        tokens = self.embed(tokens).to(s.dtype)  # of 32 bits also where products are made in 16
+        return self._head(self.backbone(tokens))
 
     def loss(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood (or squared error) of the actions of a batch, in units of `action_scale`.

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from torch import nn
+from tqdm import tqdm
 
 from adbook import experiments
 from adbook.checkpoints import published_policy, trained_policy
@@ -26,9 +28,15 @@ from adbook.experiments import AGENTS, Profile, References, as_agent, describe, 
 from adbook.files import write_whole
 from adbook.oracle import Oracle
 from adbook.policy import ADPolicy
-from adbook.rollout import Rollout
 from adbook.source_scores import task_bounds
 from adbook.windows import WindowConfig
+
+# How a policy itself is played in the controls that do not put another one in its place.
+_PLAYED_AS: dict[str, dict[str, bool]] = {
+    "reward withheld": {"withhold_reward": True},
+    "deterministic": {"deterministic": True},
+    "context reset": {},
+}
 
 
 def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequence[str] = AGENTS) -> dict[str, Any]:
@@ -51,15 +59,16 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     kinds = {agent: as_agent(settings, agent) for agent in agents}
     trained = {agent: [published_policy(replace(kind, seed=seed)) for seed in seeds] for agent, kind in kinds.items()}
     policies = {agent: [policy for policy, _ in made] for agent, made in trained.items()}
-    oracle, returns, within, bounds = Oracle.load(settings.family.name), {}, {}, {}
-    for split in ("test", "ood", *(["macaw"] if settings.macaw_tasks else [])):
-        played = {agent: _play(settings, seeds, policies[agent], split) for agent in agents}
-        returns[split] = {agent: [one.returns for one in rollouts] for agent, rollouts in played.items()}
-        if split != "macaw":
-            returns[split] |= _controls(settings, seeds, policies["mamba"], split)
-        if split == "test":
-            within = {agent: _by_step(rollouts) for agent, rollouts in played.items()}
-        bounds[split] = task_bounds(oracle, getattr(settings, f"{split}_tasks"))
+    splits = ("test", "ood", *(["macaw"] if settings.macaw_tasks else []))
+    plays = {(split, agent): policies[agent] for split in splits for agent in agents}
+    for split in ("test", "ood"):
+        controls = _controls(settings, seeds, policies["mamba"])
+        plays |= {(split, control): players for control, players in controls.items()}
+    played = _played(settings, seeds, plays)
+    returns = {split: {m: [r for r, _ in played[s, m]] for s, m in plays if s == split} for split in splits}
+    within = {agent: np.mean([steps for _, steps in played["test", agent]], 0) for agent in agents}
+    oracle = Oracle.load(settings.family.name)
+    bounds = {split: task_bounds(oracle, getattr(settings, f"{split}_tasks")) for split in splits}
     logs = {agent: [log for _, log in made] for agent, made in trained.items()}
     speed = {
         agent: [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for log in made]
@@ -70,38 +79,38 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     return _result(settings, **parts, training=speed, references=_references(settings))
 
 
-def _play(
-    settings: Profile, seeds: Sequence[int], policies: Sequence[nn.Module], split: str, **options: bool
-) -> list[Rollout]:
-    """One rollout a policy and seed."""
-    runs = zip(policies, seeds, strict=True)
-    return [evaluate(replace(settings, seed=seed), policy, split, **options) for policy, seed in runs]
-
-
-def _controls(
-    settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy], split: str
-) -> dict[str, list[np.ndarray]]:
-    """Returns by control (seeds, tasks, episodes); "untrained" is one network before training."""
-    shuffled = [ShuffledContext(policy, seed) for policy, seed in zip(policies, seeds, strict=True)]
-    played = {
-        "reward withheld": _play(settings, seeds, policies, split, withhold_reward=True),
-        "deterministic": _play(settings, seeds, policies, split, deterministic=True),
-        "context shuffled": _play(settings, seeds, shuffled, split),
-        "untrained": _play(settings, seeds[:1], [_untrained(settings, policies[0])], split),
+def _controls(settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy]) -> dict[str, list[nn.Module]]:
+    """Who plays in each control, a seed each; "untrained" is one network before training."""
+    return {
+        **{name: list(policies) for name in _PLAYED_AS},
+        "context shuffled": [ShuffledContext(policy, seed) for policy, seed in zip(policies, seeds, strict=True)],
+        "untrained": [_untrained(settings, policies[0])],
     }
-    tasks = getattr(settings, f"{split}_tasks")
-    reset = [
-        reset_every_episode(policy, settings.family, tasks, episodes=settings.episodes, seed=seed)
-        for policy, seed in zip(policies, seeds, strict=True)
+
+
+def _played(
+    settings: Profile, seeds: Sequence[int], plays: dict[tuple[str, str], list[nn.Module]]
+) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]:
+    """What `_play` returns, a seed each, by split and method; on all cores."""
+    runs = [
+        (key, seed, policy) for key, policies in plays.items() for seed, policy in zip(seeds, policies, strict=False)
     ]
-    return {name: [one.returns for one in rollouts] for name, rollouts in played.items()} | {"context reset": reset}
+    jobs = (delayed(_play)(replace(settings, seed=seed), policy, *key) for key, seed, policy in runs)
+    played: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {key: [] for key in plays}
+    done = Parallel(n_jobs=-1, return_as="generator")(jobs)
+    for (key, *_), one in zip(runs, tqdm(done, total=len(runs), unit="rollout"), strict=True):
+        played[key].append(one)
+    return played
 
 
-def _by_step(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """Mean reward by episode and step over seeds and tasks, of those still playing (episodes, steps)."""
-    rewards = np.concatenate([one.rewards for one in rollouts])  # (seeds × tasks, K, T)
-    played = np.isfinite(rewards).sum(0)
-    return np.nansum(rewards, 0) / np.maximum(played, 1)
+def _play(settings: Profile, policy: nn.Module, split: str, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tasks, episodes), and mean reward of the tasks still playing by episode and step (episodes, steps)."""
+    if method == "context reset":
+        tasks, options = getattr(settings, f"{split}_tasks"), {"episodes": settings.episodes, "seed": settings.seed}
+        return reset_every_episode(policy, settings.family, tasks, **options), np.zeros(0)
+    rollout = evaluate(settings, policy, split, **_PLAYED_AS.get(method, {}))
+    still = np.isfinite(rollout.rewards).sum(0)
+    return rollout.returns, np.nansum(rollout.rewards, 0) / np.maximum(still, 1)
 
 
 def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:

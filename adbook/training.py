@@ -115,7 +115,7 @@ def train(
 
         fabric = Fabric(accelerator="auto", devices=1)
     set_statistics(policy, windows)
-    optimizer = torch.optim.AdamW(_groups(policy, config), lr=config.learning_rate, betas=config.betas)
+    optimizer = torch.optim.AdamW(parameter_groups(policy, config), lr=config.learning_rate, betas=config.betas)
     identity = content_hash(asdict(policy.config), asdict(config), asdict(windows.config), _digest(windows))
     log = TrainingLog([])
     if checkpoint is not None and Path(checkpoint).exists():
@@ -158,7 +158,7 @@ def set_statistics(policy: ADPolicy, windows: Windows) -> None:
     policy.set_statistics(torch.from_numpy(observations), torch.from_numpy(rewards), returns)
 
 
-def _groups(policy: nn.Module, config: TrainingConfig) -> list[dict]:
+def parameter_groups(policy: nn.Module, config: TrainingConfig) -> list[dict]:
     """Weight decay for matrices only; not for biases, norms, and the scan's A and D (as Mamba's authors train it)."""
     decayed = [p for n, p in policy.named_parameters() if p.ndim >= 2 and not n.endswith("A_log")]
     kept = {id(p) for p in decayed}

@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         """Map tokens (B, L, E) to (B, L, E); position t sees positions up to t, in each layer the last W of them."""
         check_tokens(tokens, self.config.d_model)
         length, window = tokens.shape[1], self.config.context
-        rotation = _rotation(torch.arange(length), self.config.d_head, tokens)
+        rotation = _rotation(torch.arange(length, device=tokens.device), self.config.d_head, tokens)
         mask = None
         if length > window:
             age = torch.arange(length, device=tokens.device)[:, None] - torch.arange(length, device=tokens.device)
@@ -207,7 +207,7 @@ def _rotation(positions: Tensor, d_head: int, like: Tensor) -> tuple[Tensor, Ten
 
     The angles are computed in float64: in float32 they would be off by 0.01 after 100,000 steps of a rollout.
     """
-    rates = _ROTARY_BASE ** -(torch.arange(d_head // 2, dtype=torch.float64) / (d_head // 2))
+    rates = _ROTARY_BASE ** -(torch.arange(d_head // 2, dtype=torch.float64, device=positions.device) / (d_head // 2))
     angles = positions[:, None] * rates
     return angles.cos().to(like), angles.sin().to(like)
 

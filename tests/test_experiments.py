@@ -77,6 +77,23 @@ def test_histories_are_recorded_once(runs, capsys):
         np.testing.assert_array_equal(one.actions, other.actions)
 
 
+def test_histories_can_be_thinned_out_or_come_from_the_data_set(runs, monkeypatch):
+    settings = profile("smoke")
+    whole = source_histories(settings, progress=False)
+    thin = replace(settings, kept=8)
+    for history, kept in zip(whole, source_histories(thin, progress=False), strict=True):
+        np.testing.assert_array_equal(kept.episode_returns, history.every(len(history.episodes) // 8).episode_returns)
+    monkeypatch.setattr(experiments.generation, "record", None)  # would be called
+    committed = replace(settings, recorded=False, n_tasks=2)
+    histories = source_histories(committed)
+    assert {history.metadata["task"]["index"] for history in histories} == {0, 1}
+    assert all(history.metadata["task"]["split"] == "train" for history in histories)
+    hashes = {checkpoints._training_hash(one) for one in (settings, thin, replace(settings, recorded=False))}
+    assert len(hashes) == 3
+    with pytest.raises(ValueError, match=r"one in 2, exceeds a history of 3 episodes"):
+        replace(settings, kept=3)
+
+
 def test_a_policy_is_trained_once_and_another_setting_is_another_policy(runs, capsys):
     settings = profile("smoke")
     policy, log = trained_policy(settings, progress=False)

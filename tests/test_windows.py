@@ -52,6 +52,28 @@ def test_a_window_that_holds_the_end_learns_first_and_then_stays_there():
     ].all()  # more than there are: some come twice
 
 
+def test_a_window_over_a_whole_history_takes_one_episode_of_each_stretch():
+    windows = cut([make_history()], episodes=5, every=None)  # twelve episodes in stretches of 2, 2, 3, 2 and 3
+    episodes = windows["observations"][:, ::3, 0].astype(int)  # (windows, kept episodes)
+    assert [set(column) for column in episodes.T] == [{0, 1}, {2, 3}, {4, 5, 6}, {7, 8}, {9, 10, 11}]
+    assert len({tuple(row) for row in episodes}) > 50  # of 72: each stretch is drawn from by itself
+    for settings in ({"span": False}, {"hold": 1}):
+        with pytest.raises(ValueError, match=r"every=None covers a history whole; it goes with span=True and hold=0"):
+            WindowConfig(5, None, **settings)
+
+
+def test_where_windows_are_drawn_is_what_they_hold():
+    given = [make_history(number=float(i)) for i in range(3)]
+    windows = Windows(given, WindowConfig(3, 4), horizon=3)
+    history, steps, starts, valid = windows.draw(20, np.random.default_rng(5))
+    sampled = windows.sample(20, np.random.default_rng(5))
+    for name in ("observations", "actions", "rewards"):
+        held = np.stack([getattr(given[i], name)[index] for i, index in zip(history, steps, strict=True)])
+        np.testing.assert_array_equal(held, sampled[name])
+    np.testing.assert_array_equal(starts, sampled["starts"])
+    np.testing.assert_array_equal(valid, sampled["valid"])
+
+
 def test_short_episodes_are_packed_and_the_rest_is_padding():
     windows = cut([make_history((3, 1, 2, 3))], n=5, episodes=4, every=1)
     assert windows["observations"].shape == (5, 12, 3)
