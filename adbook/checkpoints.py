@@ -118,7 +118,7 @@ episode to episode. It imitates learning histories of {source} (algorithm distil
 
 | | |
 |---|---|
-| data | {n_tasks} training tasks, {streams} histories each of {source}, {steps:,} environment steps a task |
+| data | {n_tasks} training tasks, {streams} histories each of {source}, {steps:,} environment steps a task{thinned} |
 | window | {window} |
 | network | {agent}, {weights:,} weights, kept in 16 bits |
 | training | {updates:,} updates of {batch:,} tokens in {minutes:.0f} minutes on {machine}, seed {seed} |
@@ -145,7 +145,8 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
     scores = metrics.normalized_score(result["returns"]["test"][settings.agent], *ends)  # (seeds, tasks, episodes)
     own = scores[result["seeds"].index(settings.seed)][None]
     window, training = settings.window, settings.training
-    shown = f"{window.episodes} whole episodes, one in {window.every}"
+    spread = "one of each equal stretch of a history" if window.every is None else f"one in {window.every}"
+    shown = f"{window.episodes} whole episodes, {spread}"
     if window.hold:
         shown += f", and the last {window.hold} from the last {window.every} of a history"
     text = _CARD.format(
@@ -159,6 +160,7 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
         streams=settings.source.streams * len(settings.source_seeds),
         n_tasks=settings.n_tasks,
         n_test=settings.n_test,
+        thinned=f"; {settings.kept} episodes kept of each" if settings.kept else "",
         window=shown,
         window_episodes=window.episodes,
         weights=result["weights"][settings.agent],

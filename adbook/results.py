@@ -138,7 +138,7 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
 
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
     """Return what `ablations` compares: (factor, value, changed fields of the profile)."""
-    full = settings.window
+    full = replace(settings.window, every=_spacing(settings))
     shorter = [n for n in (1, 2, 4) if n < full.episodes]
     context = [(n, _shorter_context(settings, n)) for n in shorter] + [(full.episodes, {})]
     denser = [k for k in (1, 3) if k < full.every]
@@ -155,10 +155,16 @@ def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
+def _spacing(settings: Profile) -> int:
+    """Episodes from one that a window keeps to the next."""
+    episodes = settings.kept or settings.source.steps_each // settings.family.horizon
+    return settings.window.every or episodes // settings.window.episodes
+
+
 def _shorter_context(settings: Profile, episodes: int) -> dict[str, Any]:
     """Windows of fewer episodes from anywhere in a history, and as many more of them in a batch."""
     batch_size = settings.training.batch_size * settings.window.episodes // episodes
-    window = WindowConfig(episodes, settings.window.every, span=False)
+    window = WindowConfig(episodes, _spacing(settings), span=False)
     return {"window": window, "training": replace(settings.training, batch_size=batch_size)}
 
 

@@ -12,7 +12,7 @@ def test_changes_reach_into_the_parts_of_a_profile():
     settings = trials.changed(profile(), ["training.updates=300", "window.hold=2", "head=mse", "source_seeds=[0]"])
     assert (settings.training.updates, settings.window.hold, settings.head) == (300, 2, "mse")
     assert settings.training.batch_size == profile().training.batch_size
-    together = trials.changed(profile("laptop", "half-cheetah-vel"), ["window.every=26", "window.hold=4"])
+    together = trials.changed(profile("laptop", "half-cheetah-vel"), ["kept=null", "window.every=26", "window.hold=4"])
     assert together.window.needed == 156  # of 156 episodes: without the other, "every" would not fit
 
 
