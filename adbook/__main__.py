@@ -132,6 +132,8 @@ def ablations(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Measure speeds as ratios within one run, and write them."""
+    import torch
+
     from adbook import bench, experiments
     from adbook.files import check_writable
     from adbook.results import save_result
@@ -140,7 +142,8 @@ def bench(options: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(bench.BENCHMARKS)}")
     check_writable(experiments.RESULTS / "bench")
-    for name in options.names or bench.BENCHMARKS:
+    possible = [name for name in bench.BENCHMARKS if name != "gpu" or torch.cuda.is_available()]
+    for name in options.names or possible:
         measured = bench.BENCHMARKS[name]() | {"made": experiments.provenance()}
         plain = {key: value for key, value in measured.items() if not isinstance(value, dict)}
         print(name, {key: round(value, 3) if isinstance(value, float) else value for key, value in plain.items()})
@@ -194,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sources", help=sources.__doc__, description=sources.__doc__)
     command.set_defaults(run=sources)
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
-    names = "scan, training, rollout, context, sources, droq or player (default: all)"
+    names = "scan, gpu, training, rollout, context, sources, droq or player (default: all that can run here)"
     command.add_argument("names", nargs="*", metavar="NAME", help=names)
     command.set_defaults(run=bench)
     command = commands.add_parser("pictures", help=pictures.__doc__, description=pictures.__doc__)

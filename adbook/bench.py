@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adbook.bench_context import bench_context, training_step
 from adbook.bench_player import bench_player
-from adbook.bench_scan import bench_scan, mambapy_scan
+from adbook.bench_scan import bench_gpu, bench_scan, mambapy_scan
 from adbook.bench_sources import bench_droq, bench_sources
 from adbook.experiments import evaluate, profile
 from adbook.mamba import Mamba, MambaConfig
@@ -80,6 +80,7 @@ def bench_rollout(episodes: int = 40) -> dict[str, float | int]:
 
 BENCHMARKS = {
     "scan": bench_scan,
+    "gpu": bench_gpu,
     "training": bench_training,
     "rollout": bench_rollout,
     "context": bench_context,

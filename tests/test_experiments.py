@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from adbook import checkpoints, experiments, results
-from adbook.checkpoints import publish, published_policy, trained_policy
+from adbook.checkpoints import publish, published_policy, train_on_gpu, trained_policy
 from adbook.experiments import AGENTS, PROFILES, as_agent, evaluate, profile, references, source_histories
 from adbook.policy import ADPolicy
 from adbook.recipes import recipe
 from adbook.sources import PPOConfig
 from adbook.tasks import FAMILIES
+from adbook.training_cuda import train_side_by_side
 from adbook.windows import WindowConfig
 
 
@@ -159,6 +160,28 @@ def test_a_policy_is_published_in_half_its_size_and_stands_in_for_training(runs,
         trained_policy(settings, recompute=True, progress=False)
     assert not checkpoints.is_published(replace(settings, training=replace(settings.training, updates=5)))
     assert not checkpoints.is_published(replace(settings, seed=1))
+
+
+def test_on_a_gpu_all_that_is_missing_is_trained_side_by_side(runs, monkeypatch, capsys):
+    settings = profile("smoke")
+    _, wanted = trained_policy(settings, progress=False), [replace(settings, seed=seed) for seed in (0, 11, 12)]
+    wanted += [replace(as_agent(settings, "transformer"), seed=11)]
+    given = []
+
+    def on_cpu(trainings):
+        given.extend(trainings)
+        return train_side_by_side(trainings, device="cpu")
+
+    monkeypatch.setattr(checkpoints, "train_side_by_side", on_cpu)
+    train_on_gpu(wanted)
+    assert [training.config.seed for training in given] == [11, 12, 11]  # the first was there
+    assert [training.half for training in given] == [False, False, True]
+    train_on_gpu(wanted)
+    assert len(given) == 3
+    monkeypatch.setattr(checkpoints, "train", None)  # would be called
+    for one in wanted:
+        _, log = trained_policy(one)
+        assert len(log.losses) == settings.training.updates
 
 
 def test_references_put_the_source_at_one_and_random_at_zero(runs):
