@@ -46,6 +46,12 @@ def test_the_record_has_a_number_for_every_method_length_and_thread_count(few_me
         assert all(len(values) == 2 for values in by_method.values())
 
 
+def test_the_benchmark_on_a_gpu_refuses_a_machine_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU, and PyTorch sees none"):
+        bench_scan.bench_gpu()
+
+
 def test_peak_memory_counts_what_a_pass_takes():
     """Two projections of 8,000 tokens make their outputs and gradients of the inputs, in all 4 · (512 + 128 + ...)."""
     tokens, numbers = 8000, 128 + 2 * 256 + 256 + 128  # gradients of both inputs, and both outputs
