@@ -121,8 +121,12 @@ class ADPolicy(nn.Module):
             self.return_std.fill_(torch.cat(ends).std().clamp(min=1e-6))
         for name, data in (("observation", observations), ("reward", rewards.unsqueeze(-1))):
             data = data.flatten(0, -2).double()
-            getattr(self, f"{name}_mean").copy_(data.mean(0))
-            getattr(self, f"{name}_std").copy_(data.std(0).clamp(min=1e-6))
+            mean, std = data.mean(0), data.std(0)
+            # What is constant but for the rounding of stored numbers is only centred: divided by its own spread, the
+            # simulator's unrounded number would be a thousand spreads away from anything in the data.
+            std = torch.where(std <= mean.abs() / 500, 1.0, std)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std.clamp(min=1e-6))
 
     def forward(
         self, observations: Tensor, actions: Tensor, rewards: Tensor, starts: Tensor, to_go: Tensor | None = None
