@@ -125,7 +125,7 @@ _EPISODES = {"reacher-goal": (8, 20), "pusher-goal": (18, 20), "half-cheetah-vel
 _LAPTOP = {
     "reacher-goal": {"training": TrainingConfig(updates=3000, observation_noise=0.1)},
     "pusher-goal": {"kept": 50, "training": TrainingConfig(updates=3000, batch_size=11, observation_noise=0.1)},
-    "half-cheetah-vel": {"kept": 39, "training": TrainingConfig(updates=3000, batch_size=10, observation_noise=0.15)},
+    "half-cheetah-vel": {"training": TrainingConfig(updates=3000, batch_size=10, observation_noise=0.15)},
     "ant-dir": {
         "n_tasks": 20,
         "kept": 24,
