@@ -234,8 +234,8 @@ def bench_gpu(rounds: int = 3) -> dict[str, Any]:
     """Time the scan on a GPU against the least time in which its memory traffic can be done.
 
     Returns:
-        The device, that least time `floor_ms`, and for each kernel that is there its `ms`, their ratio, its peak memory,
-        and its largest error against float64 by the type of its input, in millionths of the largest number.
+        The device, that least time `floor_ms`, and for each kernel that is there its `ms`, their ratio, its peak
+        memory, and its largest error against float64 by the type of its input, in millionths of the largest number.
 
     Raises:
         ValueError: PyTorch sees no GPU.

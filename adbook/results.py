@@ -28,7 +28,7 @@ from adbook.experiments import AGENTS, Profile, References, as_agent, describe, 
 from adbook.files import write_whole
 from adbook.oracle import Oracle
 from adbook.policy import ADPolicy
-from adbook.source_scores import task_bounds
+from adbook.source_scores import misled_returns, task_bounds
 from adbook.windows import WindowConfig
 
 # How a policy itself is played in the controls that do not put another one in its place.
@@ -51,9 +51,10 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
 
     Returns:
         JSON: "returns" by split ("test", "ood" and, where the family has it, "macaw") and method as (seeds, tasks,
-        episodes), the controls among the methods; "references" by split (test and ood); "bounds" by split: "random"
-        and "oracle", mean returns (tasks,); "within" by method: reward by episode and step, mean over seeds and test
-        tasks (episodes, steps); "training" and "weights" by agent; "settings" and where it was made.
+        episodes), the controls among the methods; "references" by split (test and ood); "bounds" by split, mean returns
+        (tasks,): "random", "oracle" and "misled", the oracle shown another goal; "within" by method: reward by episode
+        and step, mean over seeds and test tasks (episodes, steps); "training" and "weights" by agent; "settings" and
+        where it was made.
     """
     _check_seeds(seeds)
     kinds = {agent: as_agent(settings, agent) for agent in agents}
@@ -68,7 +69,10 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     returns = {split: {m: [r for r, _ in played[s, m]] for s, m in plays if s == split} for split in splits}
     within = {agent: np.mean([steps for _, steps in played["test", agent]], 0) for agent in agents}
     oracle = Oracle.load(settings.family.name)
-    bounds = {split: task_bounds(oracle, getattr(settings, f"{split}_tasks")) for split in splits}
+    bounds = {}
+    for split in splits:
+        tasks = getattr(settings, f"{split}_tasks")
+        bounds[split] = task_bounds(oracle, tasks) | {"misled": misled_returns(oracle, tasks)}
     logs = {agent: [log for _, log in made] for agent, made in trained.items()}
     speed = {
         agent: [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for log in made]

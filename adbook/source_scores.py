@@ -80,6 +80,18 @@ def task_bounds(oracle: Oracle, tasks: Sequence[Task], episodes: int = 20) -> di
     return {"random": rollout(uniform, kind, tasks, episodes=episodes).returns.mean(1), "oracle": best.returns.mean(1)}
 
 
+def misled_returns(oracle: Oracle, tasks: Sequence[Task], episodes: int = 20) -> np.ndarray:
+    """Mean returns (tasks,) of the oracle where it is shown the goal of the next task instead of its own.
+
+    Where they are as high as those of the right goal, returns do not depend on the goal, and a rise of returns says
+    nothing about whether an agent has found it out.
+    """
+    shown = [*tasks[1:], tasks[0]]
+    return rollout(
+        oracle.show(shown), family(oracle.family), tasks, episodes=episodes, deterministic=True
+    ).returns.mean(1)
+
+
 def update_card(scores: dict[str, Any], folder: str | os.PathLike = HISTORIES) -> Path:
     """Write the numbers of `source_scores` into the data set's card, README.md, between its two marks."""
     card = Path(folder) / "README.md"
