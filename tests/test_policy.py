@@ -181,8 +181,17 @@ def test_statistics_are_those_of_the_data_and_survive_a_constant():
     policy.set_statistics(data.reshape(1, 2, OBS), torch.tensor([[1.0, 3.0]]))
     assert policy.observation_mean.tolist() == [2, 2, 4, 4, 7]
     root = 2**0.5
-    torch.testing.assert_close(policy.observation_std, torch.tensor([root, 1e-6, root, 1e-6, 1e-6]))
+    torch.testing.assert_close(policy.observation_std, torch.tensor([root, 1, root, 1, 1]))  # of a constant: 1
     torch.testing.assert_close(policy.reward_std, torch.tensor([root]))
+
+
+def test_an_observation_that_varies_by_rounding_alone_is_not_blown_up():
+    policy = make_policy()
+    height = torch.tensor([-0.275, -0.2749, -0.275, -0.2752, -0.275]).half().float()  # of a table
+    small = torch.tensor([-1e-3, 1e-3, 2e-3, -2e-3, 0.0])  # small, and it varies
+    data = torch.stack([height, small, height + 1, small, small], 1)
+    policy.set_statistics(data, torch.zeros(5))
+    assert policy.observation_std.tolist() == [1, small.std(), 1, small.std(), small.std()]
 
 
 @torch.inference_mode()
