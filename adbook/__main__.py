@@ -83,7 +83,7 @@ def train(options: argparse.Namespace) -> None:
     agents = [experiments.as_agent(settings, agent) for agent in options.agents]
     check_writable(CHECKPOINTS)
     wanted = [replace(agent, seed=seed) for agent, seed in product(agents, options.seeds)]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and options.profile != "paper":  # its models fill a GPU alone, and have to resume
         train_on_gpu(wanted)
     for one in wanted:
         print(publish(one))

@@ -122,7 +122,7 @@ episode to episode. It imitates learning histories of {source} (algorithm distil
 | window | {window} |
 | network | {agent}, {weights:,} weights, kept in 16 bits |
 | training | {updates:,} updates of {batch:,} tokens in {minutes:.0f} minutes on {machine}, seed {seed} |
-| made | {date}, commit {commit}, torch {torch} |
+| made | {date}, commit {commit}, torch {torch}{note} |
 
 Score on {n_test} test tasks (0: random actions, 1: the end of {source} on the same task; interquartile mean):
 {first:.2f} in episode 1, **{last:.2f}** in the last five of {episodes}. All {n_seeds} seeds together: {all_last:.2f}.
@@ -151,6 +151,7 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
         shown += f", and the last {window.hold} from the last {window.every} of a history"
     text = _CARD.format(
         **{key: about[key] for key in ("machine", "date", "commit", "torch")},
+        note=f"; {about['note']}" if "note" in about else "",
         name=published_at(settings).name,
         family=settings.family.name,
         backbone=settings.policy.backbone_name,

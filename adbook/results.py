@@ -67,7 +67,7 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         plays |= {(split, control): players for control, players in controls.items()}
     played = _played(settings, seeds, plays)
     returns = {split: {m: [r for r, _ in played[s, m]] for s, m in plays if s == split} for split in splits}
-    within = {agent: np.mean([steps for _, steps in played["test", agent]], 0) for agent in agents}
+    within = {agent: _by_step([rewards for _, rewards in played["test", agent]]) for agent in agents}
     oracle = Oracle.load(settings.family.name)
     bounds = {}
     for split in splits:
@@ -94,27 +94,33 @@ def _controls(settings: Profile, seeds: Sequence[int], policies: Sequence[ADPoli
 
 def _played(
     settings: Profile, seeds: Sequence[int], plays: dict[tuple[str, str], list[nn.Module]]
-) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]:
+) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray | None]]]:
     """What `_play` returns, a seed each, by split and method; on all cores."""
     runs = [
         (key, seed, policy) for key, policies in plays.items() for seed, policy in zip(seeds, policies, strict=False)
     ]
     jobs = (delayed(_play)(replace(settings, seed=seed), policy, *key) for key, seed, policy in runs)
-    played: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {key: [] for key in plays}
+    played: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray | None]]] = {key: [] for key in plays}
     done = Parallel(n_jobs=-1, return_as="generator")(jobs)
     for (key, *_), one in zip(runs, tqdm(done, total=len(runs), unit="rollout"), strict=True):
         played[key].append(one)
     return played
 
 
-def _play(settings: Profile, policy: nn.Module, split: str, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tasks, episodes), and mean reward of the tasks still playing by episode and step (episodes, steps)."""
+def _play(settings: Profile, policy: nn.Module, split: str, method: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns (tasks, episodes), and rewards (tasks, episodes, steps), None where episodes are not played in a row."""
     if method == "context reset":
         tasks, options = getattr(settings, f"{split}_tasks"), {"episodes": settings.episodes, "seed": settings.seed}
-        return reset_every_episode(policy, settings.family, tasks, **options), np.zeros(0)
+        return reset_every_episode(policy, settings.family, tasks, **options), None
     rollout = evaluate(settings, policy, split, **_PLAYED_AS.get(method, {}))
-    still = np.isfinite(rollout.rewards).sum(0)
-    return rollout.returns, np.nansum(rollout.rewards, 0) / np.maximum(still, 1)
+    return rollout.returns, rollout.rewards
+
+
+def _by_step(rewards: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean reward by episode and step over seeds and tasks, of those still playing (episodes, steps)."""
+    together = np.concatenate(rewards)  # (seeds × tasks, K, T)
+    played = np.isfinite(together).sum(0)
+    return np.nansum(together, 0) / np.maximum(played, 1)
 
 
 def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:

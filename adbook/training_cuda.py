@@ -71,7 +71,7 @@ def _up_to(n: int, items: Iterator) -> Iterable:
 
 
 def _table(windows: Windows, device: str) -> dict[str, Tensor]:
-    """All steps of all histories, one after the other, and where each history begins (histories, 1)."""
+    """All steps of all histories, one after the other: (steps, size), rewards (steps,)."""
     names = "observations", "actions", "rewards"
     table = {name: np.concatenate([getattr(history, name) for history in windows.histories]) for name in names}
     return {name: torch.from_numpy(array).float().to(device) for name, array in table.items()}
@@ -107,7 +107,7 @@ class _Run:
     def advance(self) -> None:
         """Start the next update; on a GPU, without waiting for its end."""
         with torch.cuda.stream(self.stream):
-            if self.update % _AHEAD == 0:
+            if self.update and self.update % _AHEAD == 0:
                 self._draw()
             self.places.copy_(self.ahead[self.update % _AHEAD])
             if self.config.observation_noise:
