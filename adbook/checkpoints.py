@@ -194,4 +194,6 @@ def _training_hash(settings: Profile) -> str:
     parts = [asdict(part) for part in (settings.policy, settings.window, settings.training)]
     if not settings.recorded or settings.kept is not None:
         parts.append([settings.recorded, settings.kept])
+    if settings.images:
+        parts.append("images")
     return content_hash([path.name for path in paths], *parts, settings.policy.backbone_name, settings.seed)

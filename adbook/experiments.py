@@ -7,6 +7,7 @@ computed twice, and nothing stale is used. What is made goes to `runs/`.
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adbook import generation, metrics
+from adbook import generation, metrics, symmetry
 from adbook.checks import check_known
 from adbook.datasets import SPLITS, load_histories, thinned
 from adbook.histories import LearningHistory, read_histories
@@ -52,6 +53,7 @@ class Profile:
     source_seeds: tuple[int, ...] = (0,)  # source runs a training task
     recorded: bool = True  # False: train on the repository's data set, whose histories are thinned out, and record none
     kept: int | None = None  # episodes kept of each recorded history, at equal distances; None: all
+    images: bool = False  # Ant-Dir: train on turned and mirrored histories too, see `adbook.symmetry`
     backbone: MambaConfig | TransformerConfig = field(default_factory=MambaConfig)
     head: str = "gaussian"
     return_to_go: bool = False  # True: the policy is conditioned on it
@@ -73,6 +75,8 @@ class Profile:
             raise ValueError(f"episodes={self.episodes} must be at least 1")
         if not self.source_seeds or len(set(self.source_seeds)) < len(self.source_seeds):
             raise ValueError(f"source_seeds={self.source_seeds} must be different seeds, one or more")
+        if self.images and self.family.name != symmetry.FAMILY:
+            raise ValueError(f"images=True is for {symmetry.FAMILY}; {self.family.name} has no symmetries to use")
         _ = self.policy  # its own checks
         per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
         if self.kept is not None:
@@ -233,15 +237,22 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
     if split == "train" and not settings.recorded:
         chosen = {asdict(task)["index"] for task in tasks}
         histories = load_histories(settings.family.name)
-        return [history for history in histories if history.metadata["task"]["index"] in chosen]
+        return _shown(settings, (history for history in histories if history.metadata["task"]["index"] in chosen))
     where = {"seeds": seeds, "folder": RUNS / "histories"}
     paths = generation.run_paths(settings.family, tasks, settings.source, **where)
     missing = sum(not path.exists() for path in paths)
     generation.record(settings.family, tasks, settings.source, **where, progress=progress)
     print(f"{split} histories: recorded {missing} source runs, loaded {len(paths) - missing}")
     histories = (history for path in paths for history in read_histories(path))
-    if split == "train" and settings.kept is not None:
-        return [thinned(history, settings.kept) for history in histories]
+    return _shown(settings, histories) if split == "train" else list(histories)
+
+
+def _shown(settings: Profile, histories: Iterable[LearningHistory]) -> list[LearningHistory]:
+    """What training is shown of the histories of its tasks: a part of each, or more than they were."""
+    if settings.recorded and settings.kept is not None:
+        histories = (thinned(history, settings.kept) for history in histories)
+    if settings.images:
+        histories = (image for history in histories for image in symmetry.images(history))
     return list(histories)
 
 
