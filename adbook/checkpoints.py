@@ -161,7 +161,8 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
         streams=settings.source.streams * len(settings.source_seeds),
         n_tasks=settings.n_tasks,
         n_test=settings.n_test,
-        thinned=f"; {settings.kept} episodes kept of each" if settings.kept else "",
+        thinned=(f"; {settings.kept} episodes kept of each" if settings.kept else "")
+        + ("; with their turned and mirrored images" if settings.images else ""),
         window=shown,
         window_episodes=window.episodes,
         weights=result["weights"][settings.agent],
