@@ -149,6 +149,8 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
     shown = f"{window.episodes} whole episodes, {spread}"
     if window.hold:
         shown += f", and the last {window.hold} from the last {window.every} of a history"
+    if window.strays:
+        shown += f"; but for the last, {window.strays:.0%} of them are strays of other tasks"
     text = _CARD.format(
         **{key: about[key] for key in ("machine", "date", "commit", "torch")},
         note=f"; {about['note']}" if "note" in about else "",
@@ -192,7 +194,8 @@ def _load(folder: Path) -> tuple[ADPolicy, TrainingLog]:
 def _training_hash(settings: Profile) -> str:
     """Hash of all that shapes the weights: data, model, training, seed; not the profile's name or its evaluation."""
     paths = generation.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
-    parts = [asdict(part) for part in (settings.policy, settings.window, settings.training)]
+    window = {k: v for k, v in asdict(settings.window).items() if k != "strays" or v}  # newer than some policies
+    parts = [asdict(settings.policy), window, asdict(settings.training)]
     if not settings.recorded or settings.kept is not None:
         parts.append([settings.recorded, settings.kept])
     if settings.images:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -312,6 +312,12 @@ def describe(settings: Profile) -> dict:
     family = settings.family
     policy = {"policy": asdict(settings.policy), "backbone_kind": settings.policy.backbone_name}
     return described | policy | {"family": family.name, "split": family.split}
+
+
+def completed(described: dict) -> dict:
+    """Return settings of a result's file with those that it is too old to have, at their defaults."""
+    defaults = {f.name: f.default for f in fields(Profile) if f.default is not MISSING}
+    return defaults | described | {"window": asdict(WindowConfig(**described["window"]))}
 
 
 def provenance() -> dict:

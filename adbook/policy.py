@@ -167,7 +167,7 @@ class ADPolicy(nn.Module):
         error = (batch["actions"] / self.config.action_scale - mean) ** 2
         if self.config.head == "gaussian":
             error = 0.5 * (error * torch.exp(-2 * log_std) + math.log(2 * math.pi)) + log_std
-        return (error.mean(-1) * batch["valid"]).sum() / batch["valid"].sum()
+        return (error.mean(-1) * batch["imitated"]).sum() / batch["imitated"].sum()
 
     def init_state(self, n: int) -> PolicyState:
         """The state before the first step of `n` tasks."""

@@ -71,8 +71,8 @@ def _up_to(n: int, items: Iterator) -> Iterable:
 
 
 def _table(windows: Windows, device: str) -> dict[str, Tensor]:
-    """All steps of all histories, one after the other: (steps, size), rewards (steps,)."""
-    names = "observations", "actions", "rewards"
+    """All steps of all histories, one after the other: (steps, size)."""
+    names = "observations", "actions"
     table = {name: np.concatenate([getattr(history, name) for history in windows.histories]) for name in names}
     return {name: torch.from_numpy(array).float().to(device) for name, array in table.items()}
 
@@ -83,8 +83,6 @@ class _Run:
     def __init__(self, training: Training, table: dict[str, Tensor], device: torch.device):
         self.training, self.config, self.windows = training, training.config, training.windows
         self.table, self.device, self.on_gpu = table, device, device.type == "cuda"
-        lengths = [len(history.rewards) for history in self.windows.histories]
-        self.offsets = np.cumsum([0, *lengths[:-1]])[:, None]
         set_statistics(training.policy, self.windows)
         self.policy = training.policy.to(device).train()
         self.rate = torch.zeros((), device=device)
@@ -94,6 +92,7 @@ class _Run:
         self.losses = torch.zeros(self.config.updates, device=device)
         shape = self.config.batch_size, self.windows.length
         self.places = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(shape, device=device)
         self.noise = torch.zeros(*shape, table["observations"].shape[1], device=device)
         self.generator = torch.Generator(device).manual_seed(self.config.seed)
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
@@ -109,7 +108,7 @@ class _Run:
         with torch.cuda.stream(self.stream):
             if self.update and self.update % _AHEAD == 0:
                 self._draw()
-            self.places.copy_(self.ahead[self.update % _AHEAD])
+            self._take(self.update % _AHEAD)
             if self.config.observation_noise:
                 self.noise.normal_(generator=self.generator)
             self.rate.fill_(self.config.rate(self.update))
@@ -133,19 +132,25 @@ class _Run:
         return TrainingLog(losses, perf_counter() - self.began, tokens)
 
     def _draw(self) -> None:
-        """Send the places of the windows of the next updates: number of the step × 4 + start × 2 + valid."""
-        drawn = []
+        """Send the next updates' windows: rewards, and number of the step × 8 + imitated × 4 + start × 2 + valid."""
+        places, rewards = [], []
         for update in range(self.update, min(self.update + _AHEAD, self.config.updates)):
             rng = np.random.default_rng([self.config.seed, update, 0])  # as `train`
-            history, index, starts, valid = self.windows.draw(self.config.batch_size, rng)
-            drawn.append(4 * (index + self.offsets[history]) + 2 * starts + valid)
-        self.ahead = torch.from_numpy(np.stack(drawn)).to(self.device)
+            drawn = self.windows.draw(self.config.batch_size, rng)
+            places.append(8 * drawn["places"] + 4 * drawn["imitated"] + 2 * drawn["starts"] + drawn["valid"])
+            rewards.append(drawn["rewards"])
+        self.ahead = [torch.from_numpy(np.stack(each)).to(self.device) for each in (places, rewards)]
+
+    def _take(self, i: int) -> None:
+        """Make the i-th of the windows sent those of the next update."""
+        for now, ahead in zip((self.places, self.rewards), self.ahead, strict=True):
+            now.copy_(ahead[i])
 
     def _update(self) -> Tensor:
         """One update with the windows at `places`; returns the loss."""
-        index = self.places >> 2
-        batch = {name: values[index] for name, values in self.table.items()}
-        batch |= {"starts": (self.places & 2) > 0, "valid": (self.places & 1) > 0}
+        index = self.places >> 3
+        batch = {name: values[index] for name, values in self.table.items()} | {"rewards": self.rewards}
+        batch |= {name: (self.places & bit) > 0 for name, bit in (("valid", 1), ("starts", 2), ("imitated", 4))}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.half):
             loss = self.policy.loss(batch, self.config.observation_noise * self.noise)
         loss.backward()
@@ -157,7 +162,7 @@ class _Run:
     def _capture(self) -> None:
         """Record an update as a graph; the updates that this takes are undone."""
         kept = [p.detach().clone() for p in self.policy.parameters()]
-        self.places.copy_(self.ahead[0])
+        self._take(0)
         for _ in range(3):  # compiles kernels and makes the optimizer's state
             self._update()
         self.graph = torch.cuda.CUDAGraph()

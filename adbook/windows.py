@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from adbook.histories import LearningHistory
+from adbook.relabel import repaid
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,17 @@ class WindowConfig:
 
     The last `hold` of a window's episodes are drawn from the history's last `every`, so that a window does not end as
     soon as the source has learnt, but shows for a while what it then does.
+
+    With `strays`, episodes of other tasks take the place of some: the wrong thing done, and paid for as what it is on
+    the window's own task. They are shown and not imitated. In a source's own history what it does tells where the goal
+    is, and a network can copy it; after a stray only the rewards tell.
     """
 
     episodes: int = 8  # kept episodes in a window
     every: int | None = 10  # keep one episode in so many; None: one of each equal stretch
     span: bool = True  # start among a history's first `every` episodes, to show how it began; else anywhere
     hold: int = 0  # how many of the kept episodes are of the history's end
+    strays: float = 0.0  # chance that an episode, unless it is the last, gives way to any other task's
 
     def __post_init__(self):
         """Refuse settings that cannot be cut."""
@@ -35,11 +43,24 @@ class WindowConfig:
             raise ValueError("every=None covers a history whole; it goes with span=True and hold=0")
         if type(self.hold) is not int or not 0 <= self.hold < self.episodes:
             raise ValueError(f"hold={self.hold!r} must be a whole number from 0 to below episodes={self.episodes}")
+        if not 0 <= self.strays < 1:
+            raise ValueError(f"strays={self.strays!r} must be a number from 0 to below 1")
 
     @property
     def needed(self) -> int:
         """Episodes that a history must have."""
         return (self.episodes - self.hold) * (self.every or 1)
+
+
+class _Piece(NamedTuple):
+    """An episode of a window: number of its history, steps there, and whether it is of the window's own history."""
+
+    history: int
+    steps: slice
+    own: bool
+
+    def __len__(self) -> int:
+        return self.steps.stop - self.steps.start
 
 
 class Windows:
@@ -52,7 +73,8 @@ class Windows:
         """Prepare to draw from `histories`; `horizon` is the most steps an episode can have.
 
         Raises:
-            ValueError: no history was given, one is too short for the context, or an episode is longer than `horizon`.
+            ValueError: no history was given, one is too short for the context, an episode is longer than `horizon`, or
+                strays are wanted of histories that do not say which tasks of one family they are of.
         """
         if not histories:
             raise ValueError("no history was given; record some with adbook.record")
@@ -69,37 +91,83 @@ class Windows:
                     "record longer histories"
                 )
         self.histories = list(histories)
+        self.offsets = np.cumsum([0, *(len(history.rewards) for history in histories[:-1])])
+        if config.strays:
+            tasks = [history.metadata.get("task") for history in histories]
+            families = {task.get("family") if isinstance(task, dict) else None for task in tasks}
+            if len(families) > 1 or None in families:
+                raise ValueError(f"strays need histories of tasks of one family; these are of {families}")
 
     def sample(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw `n` windows of length `L = episodes * horizon`.
 
         Returns:
             observations (n, L, O), actions (n, L, A) and rewards (n, L) float32; starts (n, L) bool, first step of an
-            episode; valid (n, L) bool, False for padding behind windows with short episodes.
+            episode; valid (n, L) bool, False for padding behind windows with short episodes; imitated (n, L) bool,
+            valid and of no stray.
         """
-        history, index, starts, valid = self.draw(n, rng)
-        rows = list(zip((self.histories[i] for i in history), index, strict=True))
-        names = "observations", "actions", "rewards"
-        fields = {name: np.stack([getattr(one, name)[steps] for one, steps in rows]) for name in names}
-        return fields | {"starts": starts, "valid": valid}
+        windows = self._pieces(n, rng)
+        fields = {
+            name: np.stack(
+                [self._joined([getattr(self.histories[p.history], name)[p.steps] for p in w]) for w in windows]
+            )
+            for name in ("observations", "actions")
+        }
+        return fields | {"rewards": self._rewards(windows)} | self._flags(windows)
 
-    def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    def draw(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw `n` windows as `sample` does, and return where they are.
 
         Returns:
-            Number of the history (n,) and of its steps (n, L); starts and valid (n, L) bool.
+            As `sample`, but in place of observations and actions: places (n, L), numbers of steps in all histories one
+            after the other; history i begins at `offsets[i]`.
         """
-        histories = rng.integers(len(self.histories), size=n)
-        return histories, *(np.stack(x) for x in zip(*(self._one(int(i), rng) for i in histories), strict=True))
+        windows = self._pieces(n, rng)
+        steps = [[self.offsets[p.history] + np.arange(p.steps.start, p.steps.stop) for p in w] for w in windows]
+        places = np.stack([self._joined(each) for each in steps])
+        return {"places": places, "rewards": self._rewards(windows)} | self._flags(windows)
 
-    def _one(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, starts and valid of one window of history i, (L,) each."""
-        chosen = self._chosen(self._episodes[i], rng)
-        index = np.concatenate([np.arange(e.start, e.stop) for e in chosen])
-        starts = np.zeros(self.length, bool)
-        starts[np.cumsum([0, *(e.stop - e.start for e in chosen[:-1])])] = True
-        valid = np.arange(self.length) < len(index)
-        return np.pad(index, (0, self.length - len(index)), mode="edge"), starts, valid
+    def _pieces(self, n: int, rng: np.random.Generator) -> list[list[_Piece]]:
+        """The episodes of `n` windows."""
+        windows = []
+        for i in rng.integers(len(self.histories), size=n).tolist():
+            pieces = [_Piece(i, steps, True) for steps in self._chosen(self._episodes[i], rng)]
+            if self.config.strays:
+                which = np.flatnonzero(rng.random(len(pieces) - 1) < self.config.strays)
+                for k, j in zip(which, rng.integers(len(self.histories), size=len(which)).tolist(), strict=True):
+                    pieces[k] = _Piece(j, self._episodes[j][rng.integers(len(self._episodes[j]))], False)
+            windows.append(pieces)
+        return windows
+
+    def _joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Put the episodes of a window side by side, and repeat the last step to the window's length."""
+        missing = self.length - sum(len(part) for part in parts)
+        return np.concatenate((*parts, np.repeat(parts[-1][-1:], missing, axis=0)))
+
+    def _rewards(self, windows: Sequence[Sequence[_Piece]]) -> np.ndarray:
+        """What the steps were paid, or in strays would have been, (n, L)."""
+        return np.stack(
+            [self._joined([self._paid(piece, window[-1].history) for piece in window]) for window in windows]
+        )
+
+    def _paid(self, piece: _Piece, own: int) -> np.ndarray:
+        history, e = self.histories[piece.history], piece.steps
+        if piece.own:
+            return history.rewards[e]
+        task, other = history.metadata["task"], self.histories[own].metadata["task"]
+        fields = (getattr(history, name)[e] for name in ("observations", "next_observations", "rewards"))
+        return repaid(task["family"], *fields, task["goal"], other["goal"])
+
+    def _flags(self, windows: Sequence[Sequence[_Piece]]) -> dict[str, np.ndarray]:
+        """Starts, valid and imitated of windows, (n, L) each."""
+        flags = {name: np.zeros((len(windows), self.length), bool) for name in ("starts", "valid", "imitated")}
+        for i, window in enumerate(windows):
+            borders = np.cumsum([0, *(len(piece) for piece in window)])
+            flags["starts"][i, borders[:-1]] = True
+            flags["valid"][i, : borders[-1]] = True
+            for piece, (begin, end) in zip(window, pairwise(borders), strict=True):
+                flags["imitated"][i, begin:end] = piece.own
+        return flags
 
     def _chosen(self, episodes: Sequence[slice], rng: np.random.Generator) -> list[slice]:
         """The episodes of one window, of all of a history."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adbook import ADPolicy, checkpoints, metrics, results
-from adbook.experiments import RESULTS, as_agent, describe, evaluate, profile
+from adbook.experiments import RESULTS, as_agent, completed, describe, evaluate, profile
 from adbook.tasks import FAMILIES
 
 FOUND = [name for name in FAMILIES if (RESULTS / f"{name}-laptop.json").is_file()]
@@ -30,7 +30,7 @@ def test_every_policy_behind_a_result_is_in_the_repository_with_its_card(name):
         scores = results.load_references(result).score(np.array(result["returns"]["test"][settings.agent]))
         last = metrics.iqm(scores[None, result["seeds"].index(settings.seed), :, -5:].mean(-1))
         assert f"**{last:.2f}** in the last five" in (folder / "README.md").read_text()
-    assert result["settings"] == results.as_written(describe(profile("laptop", name)))
+    assert results.as_written(completed(result["settings"])) == results.as_written(describe(profile("laptop", name)))
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -41,7 +41,7 @@ def make_batch(seed=1) -> dict[str, torch.Tensor]:
         "rewards": -1 + 0.5 * torch.randn(B, L, generator=generator),
         "starts": (torch.arange(L) % 7 == 0).expand(B, L),
     }
-    return batch | {"valid": torch.ones(B, L, dtype=torch.bool)}
+    return batch | {name: torch.ones(B, L, dtype=torch.bool) for name in ("valid", "imitated")}
 
 
 def predict(policy, batch):
@@ -210,8 +210,18 @@ def test_the_loss_is_the_likelihood_or_the_squared_error():
 def test_padding_counts_for_nothing():
     policy, batch = make_policy(), make_batch()
     cut = {name: value[:, :15] for name, value in batch.items()}
-    padded = batch | {"valid": (torch.arange(L) < 15).expand(B, L)}
+    padded = batch | {name: (torch.arange(L) < 15).expand(B, L) for name in ("valid", "imitated")}
     torch.testing.assert_close(policy.loss(padded), policy.loss(cut), rtol=1e-5, atol=0)
+
+
+@torch.inference_mode()
+def test_what_is_not_imitated_is_seen_and_does_not_count():
+    policy, batch = make_policy(), make_batch()
+    late = (torch.arange(L) >= 15).expand(B, L)
+    mean, log_std = predict(policy, batch)
+    taken = torch.distributions.Normal(mean, log_std.exp()).log_prob(batch["actions"] / policy.config.action_scale)
+    expected = -taken[:, 15:].mean()
+    torch.testing.assert_close(policy.loss(batch | {"imitated": late}), expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Context windows: which episodes they hold, in which order, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,16 +63,57 @@ def test_a_window_over_a_whole_history_takes_one_episode_of_each_stretch():
             WindowConfig(5, None, **settings)
 
 
-def test_where_windows_are_drawn_is_what_they_hold():
-    given = [make_history(number=float(i)) for i in range(3)]
-    windows = Windows(given, WindowConfig(3, 4), horizon=3)
-    history, steps, starts, valid = windows.draw(20, np.random.default_rng(5))
+@pytest.mark.parametrize("strays", [0.0, 0.5])
+def test_where_windows_are_drawn_is_what_they_hold(strays):
+    given = reachers()
+    windows = Windows(given, WindowConfig(3, 4, strays=strays), horizon=3)
+    drawn = windows.draw(20, np.random.default_rng(5))
     sampled = windows.sample(20, np.random.default_rng(5))
-    for name in ("observations", "actions", "rewards"):
-        held = np.stack([getattr(given[i], name)[index] for i, index in zip(history, steps, strict=True)])
+    for name in ("observations", "actions"):
+        held = np.concatenate([getattr(history, name) for history in given])[drawn["places"]]
         np.testing.assert_array_equal(held, sampled[name])
-    np.testing.assert_array_equal(starts, sampled["starts"])
-    np.testing.assert_array_equal(valid, sampled["valid"])
+    for name in ("rewards", "starts", "valid", "imitated"):
+        np.testing.assert_array_equal(drawn[name], sampled[name])
+
+
+def reachers():
+    """Histories of Reacher-Goal on three goals, of twelve short episodes and of as many that are shorter."""
+    rng, made = np.random.default_rng(0), []
+    for i, lengths in enumerate([(3,) * 12, (2,) * 12, (3,) * 12]):
+        plain = make_history(lengths)
+        o, following = (rng.normal(0, 0.1, (len(plain.rewards), 8)).astype(np.float32) for _ in range(2))
+        goal = [0.05 * i, 0.1]
+        rewards = -np.linalg.norm(following[:, 6:] - goal, axis=1).astype(np.float32)
+        about = {"task": {"family": "reacher-goal", "goal": goal, "split": "train", "index": i}}
+        made.append(replace(plain, observations=o, next_observations=following, rewards=rewards, metadata=about))
+    return made
+
+
+def test_strays_are_of_any_task_paid_by_the_windows_own_and_not_imitated():
+    given = reachers()
+    windows = Windows(given, WindowConfig(4, 3, strays=0.4), horizon=3)
+    drawn, sampled = (f(600, np.random.default_rng(1)) for f in (windows.draw, windows.sample))
+    of = np.concatenate([np.full(len(history.rewards), i) for i, history in enumerate(given)])[drawn["places"]]
+    ends = np.concatenate([history.next_observations for history in given])[drawn["places"]][..., 6:]
+    own = np.take_along_axis(of, drawn["valid"].sum(1, keepdims=True) - 1, axis=1)  # (n, 1), of the last episode
+    goals = np.array([history.metadata["task"]["goal"] for history in given])[own[:, 0]]
+    np.testing.assert_allclose(sampled["rewards"], -np.linalg.norm(ends - goals[:, None], axis=-1), rtol=1e-6)
+    assert (of == own)[drawn["imitated"]].all()
+    assert not drawn["imitated"][~drawn["valid"]].any()
+    begins = drawn["starts"] & drawn["valid"]
+    assert begins.sum() == 600 * 4
+    strays = (begins & ~drawn["imitated"]).sum()
+    # Of 1800 episodes that may give way 40 % do, within four standard deviations of a binomial.
+    assert abs(strays - 720) < 4 * math.sqrt(1800 * 0.4 * 0.6)
+    assert set(of[begins & ~drawn["imitated"]]) == {0, 1, 2}
+
+
+def test_strays_need_tasks_of_one_family():
+    with pytest.raises(ValueError, match="strays need histories of tasks of one family"):
+        Windows([make_history()], WindowConfig(3, 4, strays=0.1), 3)
+    for wrong in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"strays=.* must be a number from 0 to below 1"):
+            WindowConfig(strays=wrong)
 
 
 def test_short_episodes_are_packed_and_the_rest_is_padding():
