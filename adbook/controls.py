@@ -51,7 +51,7 @@ class ShuffledContext(nn.Module):
             for row in start.nonzero().flatten():
                 orders[row] = torch.randperm(tokens.shape[1], generator=generator)
             tokens = tokens.gather(1, orders.to(tokens.device).unsqueeze(-1).expand_as(tokens))
-            inner = inner._replace(backbone=self._read(tokens))
+            inner = inner._replace(backbone=self.policy.backbone.prefill(self.policy.embed(tokens))[1])
         read: list[Tensor] = []
         hook = self.policy.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
@@ -59,13 +59,6 @@ class ShuffledContext(nn.Module):
         finally:
             hook.remove()
         return action, ShuffledState(inner, torch.cat((tokens, read[0].unsqueeze(1)), 1), generator)
-
-    def _read(self, tokens: Tensor):
-        backbone = self.policy.backbone
-        state = backbone.init_state(len(tokens))
-        for token in self.policy.embed(tokens).unbind(1):
-            _, state = backbone.step(token, state)
-        return state
 
 
 def reset_every_episode(

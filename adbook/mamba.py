@@ -127,6 +127,21 @@ class MambaBlock(nn.Module):
         y = scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
         return y.transpose(1, 2)
 
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, BlockState]:
+        """Outputs (B, L, E) for tokens (B, L, E), as `forward`, and the state after them, as L times `step`."""
+        after: list[Tensor] = []
+
+        def scan(*inputs: Tensor, **options: bool) -> Tensor:
+            y, state = selective_scan(*inputs, **options, return_last_state=True)
+            after.append(state)
+            return y
+
+        xz = self.in_proj(tokens)
+        y = self.out_proj(self.inner(xz, scan))
+        width = self.config.d_conv
+        conv = F.pad(xz[:, -width:, : self.config.d_inner], (0, 0, max(0, width - tokens.shape[1]), 0))  # (B, K, D)
+        return y, BlockState(conv.transpose(1, 2), after[0], -torch.exp(self.A_log))
+
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return projected.split([self.config.rank, self.config.d_state, self.config.d_state], -1)
 
@@ -190,6 +205,10 @@ class _Residual(nn.Module):
             return mamba_numba.layer(x, self.mixer, self.norm)
         return x + self.mixer(self.norm(x))
 
+    def prefill(self, x: Tensor) -> tuple[Tensor, BlockState]:
+        y, state = self.mixer.prefill(self.norm(x))
+        return x + y, state
+
     def step(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         y, state = self.mixer.step(self.norm(x), state)
         return x + y, state
@@ -226,6 +245,15 @@ class Mamba(nn.Module):
 
             return mamba_numba.rms_norm(tokens, self.norm_f.weight, self.norm_f.eps)
         return self.norm_f(tokens)
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """Read tokens (B, L, E) from an empty state: the outputs of `forward`, and the state that L steps lead to."""
+        check_tokens(tokens, self.config.d_model)
+        states = []
+        for layer in self.layers:
+            tokens, state = layer.prefill(tokens)
+            states.append(state)
+        return self.norm_f(tokens), tuple(states)
 
     def init_state(self, batch: int) -> tuple[BlockState, ...]:
         """The state before the first token of `batch` sequences; make a new one after changing the weights."""

@@ -19,6 +19,7 @@ of `context` tokens only.  As the window slides layer by layer, information can 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,13 @@ class LayerCache:
         filled = min(position + 1, window)
         return self.keys[:, :, :filled], self.values[:, :, :filled]
 
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Take the last W of the first tokens' (B, H, L, P)."""
+        length, window = keys.shape[2], self.keys.shape[2]
+        places = torch.arange(max(0, length - window), length, device=keys.device)
+        for cache, new in ((self.keys, keys), (self.values, values)):
+            cache[:, :, places % window] = new[:, :, places]
+
 
 class TransformerState:
     """What `Transformer.step` carries: the position of the next token and a cache for each layer."""
@@ -107,10 +115,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Map tokens (B, L, E) to (B, L, E); `mask` (L, L) is the window, None for plain causal attention."""
+    def forward(
+        self, tokens: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Map tokens (B, L, E) to (B, L, E); `mask` (L, L) is the window, None for plain causal attention.
+
+        Keys and values are put into `cache`, if there is one.
+        """
         q, k, v = self._heads(tokens)  # (B, H, L, P)
         q, k = _rotate(q, rotation), _rotate(k, rotation)
+        if cache is not None:
+            cache.fill(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -140,9 +155,11 @@ class Block(nn.Module):
             nn.Linear(config.hidden, config.d_model),
         )
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Map x (B, L, E) to (B, L, E)."""
-        x = x + self.attention(self.norm1(x), rotation, mask)
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Map x (B, L, E) to (B, L, E), and put keys and values into `cache`, if there is one."""
+        x = x + self.attention(self.norm1(x), rotation, mask, cache)
         return x + self.mlp(self.norm2(x))
 
     def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], position: int, cache: LayerCache) -> Tensor:
@@ -170,6 +187,15 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, E) to (B, L, E); position t sees positions up to t, in each layer the last W of them."""
+        return self._read(tokens, [None] * len(self.layers))
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, TransformerState]:
+        """Read tokens (B, L, E) without gradients: the outputs of `forward`, and the state that L steps lead to."""
+        state = self.init_state(len(tokens))
+        return self._read(tokens, state.caches), TransformerState(tokens.shape[1], state.caches)
+
+    def _read(self, tokens: Tensor, caches: Sequence[LayerCache | None]) -> Tensor:
         check_tokens(tokens, self.config.d_model)
         length, window = tokens.shape[1], self.config.context
         rotation = _rotation(torch.arange(length, device=tokens.device), self.config.d_head, tokens)
@@ -177,8 +203,8 @@ class Transformer(nn.Module):
         if length > window:
             age = torch.arange(length, device=tokens.device)[:, None] - torch.arange(length, device=tokens.device)
             mask = (age >= 0) & (age < window)  # (L, L), True where attention is allowed
-        for layer in self.layers:
-            tokens = layer(tokens, rotation, mask)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            tokens = layer(tokens, rotation, mask, cache)
         return self.norm_f(tokens)
 
     def init_state(self, batch: int) -> TransformerState:

@@ -51,6 +51,18 @@ def test_forward_equals_repeated_step_in_float64(model):
         assert (repeat_step(model, tokens)[0] - expected).abs().max() < 1e-13 * expected.abs().max()
 
 
+@pytest.mark.parametrize("length", [1, 3, 33, 40, 41, 100])  # below and above the convolution's 4, and the window of 40
+def test_prefill_is_forward_and_leads_where_steps_lead(model, length):
+    model, tokens = model.double(), torch.randn(2, length + 50, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        expected, _ = repeat_step(model, tokens)
+        first, state = model.prefill(tokens[:, :length])
+        assert (first - expected[:, :length]).abs().max() < 1e-12 * expected.abs().max()
+        for t in range(length, length + 50):
+            output, state = model.step(tokens[:, t], state)
+            assert (output - expected[:, t]).abs().max() < 1e-12 * expected.abs().max()
+
+
 @pytest.mark.parametrize("changed", [0, 37, 89])
 def test_no_output_depends_on_later_tokens(model, changed):
     tokens = torch.randn(2, 90, 32)
