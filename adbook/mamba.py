@@ -140,7 +140,7 @@ class MambaBlock(nn.Module):
         y = self.out_proj(self.inner(xz, scan))
         width = self.config.d_conv
         conv = F.pad(xz[:, -width:, : self.config.d_inner], (0, 0, max(0, width - tokens.shape[1]), 0))  # (B, K, D)
-        return y, BlockState(conv.transpose(1, 2), after[0], -torch.exp(self.A_log))
+        return y, self.init_state(0)._replace(conv=conv.transpose(1, 2), ssm=after[0])
 
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return projected.split([self.config.rank, self.config.d_state, self.config.d_state], -1)

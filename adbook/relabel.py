@@ -15,7 +15,7 @@ _Part = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _mean_speed(before: np.ndarray, after: np.ndarray, where: slice) -> np.ndarray:
-    """The simulator pays for distance over the step's time; its ends' mean speed is within a tenth of that."""
+    """The simulator pays for distance over a step's time, which the mean speed of the step's two ends estimates."""
     return (before[:, where] + after[:, where]) / 2
 
 

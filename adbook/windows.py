@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
@@ -52,7 +51,8 @@ class WindowConfig:
         return (self.episodes - self.hold) * (self.every or 1)
 
 
-class _Piece(NamedTuple):
+@dataclass(frozen=True)
+class _Piece:
     """An episode of a window: number of its history, steps there, and whether it is of the window's own history."""
 
     history: int
