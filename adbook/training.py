@@ -51,7 +51,7 @@ class TrainingConfig:
         for name in ("warmup", "seed"):
             check_whole(name, getattr(self, name), 0)
         if not self.warmup < self.updates:
-            raise ValueError(f"warmup={self.warmup} must be at least 0 and less than updates={self.updates}")
+            raise ValueError(f"warmup={self.warmup} must be less than updates={self.updates}")
         for name in ("learning_rate", "clip"):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
