@@ -93,10 +93,13 @@ def results(options: argparse.Namespace) -> None:
     """Roll every agent out on held-out tasks, with controls, and write the numbers the book shows; train what lacks."""
     from adbook import experiments
     from adbook.checkpoints import write_card
-    from adbook.results import in_context, save_result
+    from adbook.files import check_writable
+    from adbook.results import check_seeds, in_context, save_result
 
+    check_seeds(options.seeds)
     if "mamba" not in options.agents:
         raise ValueError(f"agents {' '.join(options.agents)} lack mamba, whose controls the result holds; add it")
+    check_writable(experiments.RESULTS)
     train(options)
     settings = experiments.profile(options.profile, options.family)
     result = in_context(settings, options.seeds, options.agents)

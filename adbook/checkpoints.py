@@ -14,8 +14,10 @@ from adbook import experiments, generation, metrics
 from adbook.experiments import ROOT, Profile, describe, provenance, source_histories
 from adbook.files import content_hash, write_whole
 from adbook.policy import ADPolicy
+from adbook.sources import source_name
 from adbook.training import TrainingLog, train
 from adbook.training_cuda import Training, train_side_by_side
+from adbook.vectors import SIMULATORS
 from adbook.windows import Windows
 
 CHECKPOINTS = ROOT / "artifacts" / "checkpoints"
@@ -41,12 +43,13 @@ def trained_policy(
     if not recompute and is_published(settings):
         print(f"policy: loaded artifacts/checkpoints/{published_at(settings).name}")
         return _load(published_at(settings))
+    made = provenance()  # of the code that runs now, whatever is committed meanwhile
     windows = Windows(source_histories(settings, progress=progress), settings.window, settings.family.horizon)
     torch.manual_seed(settings.seed)
     policy = ADPolicy(settings.policy)
     training = replace(settings.training, seed=settings.seed)
     log = train(policy, windows, training, checkpoint=folder / "training.safetensors", progress=progress)
-    policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | provenance())
+    policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | made)
     minutes = log.seconds / 60
     print(f"policy: trained {len(log.losses)} updates in {minutes:.1f} minutes, saved as runs/policies/{folder.name}")
     return policy.cpu(), log
@@ -57,11 +60,17 @@ def train_on_gpu(wanted: Sequence[Profile]) -> None:
 
     Args:
         wanted: the profiles; those whose policies are here or in the repository are left alone.
+
+    Raises:
+        ValueError: the profiles are not of the same data.
     """
+    data = {(p.family.name, p.family.split, p.train_tasks, p.source, p.source_seeds, p.kept, p.images) for p in wanted}
+    if len(data) > 1:
+        raise ValueError("policies that are trained side by side must be of the same data; train these in turn")
     missing = [one for one in wanted if not is_published(one) and not (_own(one) / "config.json").exists()]
     if not missing:
         return
-    histories = source_histories(missing[0])
+    made, histories = provenance(), source_histories(missing[0])
     trainings = []
     for one in missing:
         torch.manual_seed(one.seed)
@@ -70,7 +79,7 @@ def train_on_gpu(wanted: Sequence[Profile]) -> None:
         half = one.policy.backbone_name == "transformer"
         trainings.append(Training(ADPolicy(one.policy), windows, training, half))
     for i, log in tqdm(train_side_by_side(trainings), total=len(missing), unit="policy"):
-        about = {"settings": describe(missing[i]), "log": asdict(log)} | provenance()
+        about = {"settings": describe(missing[i]), "log": asdict(log)} | made
         trainings[i].policy.save_pretrained(_own(missing[i]), about=about)
 
 
@@ -82,9 +91,10 @@ def published_at(settings: Profile) -> Path:
 
 
 def is_published(settings: Profile) -> bool:
-    """Whether the repository holds the policy of exactly these settings."""
+    """Whether the repository holds the policy of exactly these settings, whichever simulator its data come from."""
     config = published_at(settings) / "config.json"
-    return config.is_file() and json.loads(config.read_text())["about"].get("training") == _training_hash(settings)
+    hashes = (_training_hash(settings, stepped_by) for stepped_by in SIMULATORS)
+    return config.is_file() and json.loads(config.read_text())["about"].get("training") in hashes
 
 
 def published_policy(settings: Profile) -> tuple[ADPolicy, TrainingLog]:
@@ -125,7 +135,7 @@ episode to episode. It imitates learning histories of {source} (algorithm distil
 | made | {date}, commit {commit}, torch {torch}{note} |
 
 Score on {n_test} test tasks (0: random actions, 1: the end of {source} on the same task; interquartile mean):
-{first:.2f} in episode 1, **{last:.2f}** in the last five of {episodes}. All {n_seeds} seeds together: {all_last:.2f}.
+{first:.2f} in episode 1, **{last:.2f}** in the last five of {episodes}{all_seeds}.
 
 Limits: one family of tasks, one simulator (MuJoCo, gymnasium v5); actions are to be sampled, not taken at their means;
 beyond {window_episodes} episodes it does what no training has corrected. All settings are in `config.json`, all numbers
@@ -158,12 +168,12 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
         family=settings.family.name,
         backbone=settings.policy.backbone_name,
         agent=settings.agent,
-        source=type(settings.source).__name__.removesuffix("Config"),
+        source=source_name(settings.source),
         steps=settings.source.steps,
         streams=settings.source.streams * len(settings.source_seeds),
         n_tasks=settings.n_tasks,
         n_test=settings.n_test,
-        thinned=(f"; {settings.kept} episodes kept of each" if settings.kept else "")
+        thinned=(f"; at most {settings.kept} episodes kept of each" if settings.kept else "")
         + ("; with their turned and mirrored images" if settings.images else ""),
         window=shown,
         window_episodes=window.episodes,
@@ -175,8 +185,9 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
         episodes=settings.episodes,
         first=metrics.iqm(own[..., 0]),
         last=metrics.iqm(own[..., -5:].mean(-1)),
-        all_last=metrics.iqm(scores[..., -5:].mean(-1)),
-        n_seeds=len(result["seeds"]),
+        all_seeds=f"; all {len(scores)} seeds together: {metrics.iqm(scores[..., -5:].mean(-1)):.2f}"
+        if len(scores) > 1
+        else "",
     )
     return write_whole(published_at(settings) / "README.md", lambda file: file.write_text(text))
 
@@ -191,13 +202,14 @@ def _load(folder: Path) -> tuple[ADPolicy, TrainingLog]:
     return policy, TrainingLog(**json.loads((folder / "config.json").read_text())["about"]["log"])
 
 
-def _training_hash(settings: Profile) -> str:
+def _training_hash(settings: Profile, stepped_by: str | None = None) -> str:
     """Hash of all that shapes the weights: data, model, training, seed; not the profile's name or its evaluation."""
-    paths = generation.run_paths(settings.family, settings.train_tasks, settings.source, seeds=settings.source_seeds)
+    of = {"seeds": settings.source_seeds, "stepped_by": stepped_by}
+    paths = generation.run_paths(settings.family, settings.train_tasks, settings.source, **of)
     window = {k: v for k, v in asdict(settings.window).items() if k != "strays" or v}  # newer than some policies
     parts = [asdict(settings.policy), window, asdict(settings.training)]
-    if not settings.recorded or settings.kept is not None:
-        parts.append([settings.recorded, settings.kept])
+    if settings.kept is not None:
+        parts.append([True, settings.kept])
     if settings.images:
         parts.append("images")
     return content_hash([path.name for path in paths], *parts, settings.policy.backbone_name, settings.seed)

@@ -1,5 +1,6 @@
-"""Checks of what a caller names, with errors that help."""
+"""Checks of what a caller names or sets, with errors that help."""
 
+import math
 from collections.abc import Collection
 from difflib import get_close_matches
 
@@ -10,3 +11,14 @@ def check_known(what: str, value: str, known: Collection[str]) -> None:
         close = get_close_matches(str(value), known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(known)}")
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError if `value` is not a whole number of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from adbook import generation, metrics, symmetry
-from adbook.checks import check_known
+from adbook.checks import check_known, check_whole
 from adbook.datasets import SPLITS, load_histories, thinned
 from adbook.histories import LearningHistory, read_histories
 from adbook.mamba import Mamba, MambaConfig
@@ -51,8 +51,7 @@ class Profile:
     seed: int = 0  # of the model: initial weights, windows, noise, rollouts
     n_test: int = 16  # test (and out-of-distribution) tasks
     source_seeds: tuple[int, ...] = (0,)  # source runs a training task
-    recorded: bool = True  # False: train on the repository's data set, whose histories are thinned out, and record none
-    kept: int | None = None  # episodes kept of each recorded history, at equal distances; None: all
+    kept: int | None = None  # most episodes kept of each history, at equal distances; None: all
     images: bool = False  # Ant-Dir: train on turned and mirrored histories too, see `adbook.symmetry`
     backbone: MambaConfig | TransformerConfig = field(default_factory=MambaConfig)
     head: str = "gaussian"
@@ -66,13 +65,17 @@ class Profile:
             ValueError: a seed that is none, more tasks than the family has, or a context longer than the source's
                 histories.
         """
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0")
+        check_whole("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be below 2**63")
+        for name in ("episodes", "n_tasks", "n_test"):
+            check_whole(name, getattr(self, name))
+        check_whole("kept", 1 if self.kept is None else self.kept)
+        if type(self.images) is not bool:
+            raise ValueError(f"images={self.images!r} must be True or False")
         for name, tasks in (("n_tasks", self.family.train_tasks), ("n_test", self.family.test_tasks)):
-            if not 1 <= getattr(self, name) <= len(tasks):
+            if getattr(self, name) > len(tasks):
                 raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {len(tasks)} for {self.family.name}")
-        if self.episodes < 1:
-            raise ValueError(f"episodes={self.episodes} must be at least 1")
         if not self.source_seeds or len(set(self.source_seeds)) < len(self.source_seeds):
             raise ValueError(f"source_seeds={self.source_seeds} must be different seeds, one or more")
         if self.images and self.family.name != symmetry.FAMILY:
@@ -80,12 +83,11 @@ class Profile:
         _ = self.policy  # its own checks
         per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
         if self.kept is not None:
-            per_stream = min(per_stream, self.kept)
+            per_stream = len(range(0, per_stream, max(1, -(-per_stream // self.kept))))  # as `adbook.datasets.thinned`
         if self.window.needed > per_stream:
-            learning = self.window.episodes - self.window.hold
             raise ValueError(
-                f"a context of {learning} episodes, one in {self.window.every}, exceeds a history of "
-                f"{per_stream} episodes; lower episodes or every, or raise the source's steps"
+                f"a context of {self.window.context} exceeds a history of {per_stream} episodes; lower episodes or "
+                "every, or raise the source's steps"
             )
 
     @property
@@ -192,7 +194,7 @@ def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, *
     source = replace(best.config, **{"smoke": tiny, "laptop": {}, "paper": {"streams": 16}}[name])
     context, played = (n * (1 + (name == "paper")) for n in _EPISODES[family])
     every = max(1, source.steps_each // kind.horizon // context)  # so that a window reaches to the end of a history
-    own = {"laptop": _LAPTOP[family]}.get(name, {})
+    own = _LAPTOP[family] if name == "laptop" else {}
     window = WindowConfig(context, None if "kept" in own else every)
     preset = {"n_tasks": best.train, "source": source, "window": window, "episodes": played} | own | _PRESETS[name]
     return Profile(name, kind, seed=seed, **preset | changes)
@@ -207,9 +209,11 @@ def as_agent(settings: Profile, agent: str) -> Profile:
             conditioned on return-to-go.
 
     Raises:
-        ValueError: unknown agent.
+        ValueError: unknown agent, or a profile of another one.
     """
     check_known("agent", agent, AGENTS)
+    if settings.agent != "mamba":
+        raise ValueError(f"a profile of the {settings.agent} cannot be made one of another agent; start from a Mamba's")
     if agent == "mamba":
         return settings
     backbone = _of_the_same_size(settings.backbone, settings.window.episodes * settings.family.horizon)
@@ -234,12 +238,9 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
         split: "train", "test" or "ood"; test and ood histories only normalise scores and are never trained on.
         progress: show a bar while recording.
     """
+    check_known("split", split, ("train", "test", "ood"))
     tasks = getattr(settings, f"{split}_tasks")
     seeds = settings.source_seeds if split == "train" else (0,)
-    if split == "train" and not settings.recorded:
-        chosen = {asdict(task)["index"] for task in tasks}
-        histories = load_histories(settings.family.name)
-        return _shown(settings, (history for history in histories if history.metadata["task"]["index"] in chosen))
     where = {"seeds": seeds, "folder": RUNS / "histories"}
     paths = generation.run_paths(settings.family, tasks, settings.source, **where)
     missing = sum(not path.exists() for path in paths)
@@ -251,7 +252,7 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
 
 def _shown(settings: Profile, histories: Iterable[LearningHistory]) -> list[LearningHistory]:
     """What training is shown of the histories of its tasks: a part of each, or more than they were."""
-    if settings.recorded and settings.kept is not None:
+    if settings.kept is not None:
         histories = (thinned(history, settings.kept) for history in histories)
     if settings.images:
         histories = (image for history in histories for image in symmetry.images(history))
@@ -317,9 +318,10 @@ def describe(settings: Profile) -> dict:
 
 
 def completed(described: dict) -> dict:
-    """Return settings of a result's file with those that it is too old to have, at their defaults."""
+    """Return settings of a result's file as `describe` would give them now: those that it lacks at their defaults."""
     defaults = {f.name: f.default for f in fields(Profile) if f.default is not MISSING}
-    return defaults | described | {"window": asdict(WindowConfig(**described["window"]))}
+    kept = {name: value for name, value in described.items() if name != "recorded"}  # a setting of old, always True
+    return defaults | kept | {"window": asdict(WindowConfig(**described["window"]))}
 
 
 def provenance() -> dict:

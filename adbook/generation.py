@@ -115,15 +115,18 @@ def run_paths(
     *,
     seeds: Iterable[int] = (0,),
     folder: str | os.PathLike = "runs/histories",
+    stepped_by: str | None = None,
 ) -> list[Path]:
-    """Return the files that `record` with the same arguments makes, whether or not they are there."""
-    seeds = _checked_seeds(seeds)
-    return [_run_path(Path(folder), family, task, config, seed) for task in tasks for seed in seeds]
+    """Return the files that `record` with the same arguments makes, whether or not they are there.
+
+    `stepped_by` is one of `adbook.vectors.SIMULATORS`; None is the one that this machine has.
+    """
+    seeds, stepped_by = _checked_seeds(seeds), stepped_by or simulator(family.name)
+    return [_run_path(Path(folder), family, task, config, seed, stepped_by) for task in tasks for seed in seeds]
 
 
-def _run_path(folder: Path, family: TaskFamily, task: Task, config: SourceConfig, seed: int) -> Path:
+def _run_path(folder: Path, family: TaskFamily, task: Task, config: SourceConfig, seed: int, stepped_by: str) -> Path:
     source = source_name(config)
-    stepped_by = simulator(family.name)
     name = content_hash(SCHEMA, _RECORDING, family.split, asdict(task), source, asdict(config), seed, stepped_by)
     return folder / family.name / f"{source.lower()}-{task.split}-{task.index:03d}-seed{seed}-{name}.safetensors"
 

@@ -60,9 +60,11 @@ def repaid(
         (T,), of the dtype of `rewards`; `rewards` itself where the goals are the same.
 
     Raises:
-        ValueError: unknown family.
+        ValueError: unknown family, or goals of different sizes.
     """
     check_known("task family", family, _PARTS)
+    if len(goal) != len(other):
+        raise ValueError(f"goals {tuple(goal)} and {tuple(other)} must be of one size")
     if tuple(goal) == tuple(other):
         return rewards
     mine, others = (_PARTS[family](observations, next_observations, np.array(g)) for g in (goal, other))

@@ -29,7 +29,6 @@ from adbook.files import write_whole
 from adbook.oracle import Oracle
 from adbook.policy import ADPolicy
 from adbook.source_scores import misled_returns, task_bounds
-from adbook.windows import WindowConfig
 
 # How a policy itself is played in the controls that do not put another one in its place.
 _PLAYED_AS: dict[str, dict[str, bool]] = {
@@ -56,7 +55,10 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         and step, mean over seeds and test tasks (episodes, steps); "training" and "weights" by agent; "settings" and
         where it was made.
     """
-    _check_seeds(seeds)
+    check_seeds(seeds)
+    if "mamba" not in agents:
+        raise ValueError(f"agents {' '.join(agents)} lack mamba, whose controls the result holds; add it")
+    made, oracle = provenance(), Oracle.load(settings.family.name)
     kinds = {agent: as_agent(settings, agent) for agent in agents}
     trained = {agent: [published_policy(replace(kind, seed=seed)) for seed in seeds] for agent, kind in kinds.items()}
     policies = {agent: [policy for policy, _ in made] for agent, made in trained.items()}
@@ -68,7 +70,6 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     played = _played(settings, seeds, plays)
     returns = {split: {m: [r for r, _ in played[s, m]] for s, m in plays if s == split} for split in splits}
     within = {agent: _by_step([rewards for _, rewards in played["test", agent]]) for agent in agents}
-    oracle = Oracle.load(settings.family.name)
     bounds = {}
     for split in splits:
         tasks = getattr(settings, f"{split}_tasks")
@@ -79,8 +80,9 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         for agent, made in logs.items()
     }
     weights = {agent: sum(p.numel() for p in made[0].parameters()) for agent, made in policies.items()}
-    parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds, "weights": weights}
-    return _result(settings, **parts, training=speed, references=_references(settings))
+    parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds}
+    parts |= {"weights": weights, "training": speed}
+    return {"settings": describe(settings), "made": made} | parts | {"references": _references(settings)}
 
 
 def _controls(settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy]) -> dict[str, list[nn.Module]]:
@@ -131,8 +133,8 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
         profile's own value is in the list once a factor. The test tasks are measured here and nothing is chosen by
         them.
     """
-    _check_seeds(seeds)
-    rows = []
+    check_seeds(seeds)
+    rows, made = [], provenance()
     for factor, value, changes in variants(settings):
         returns, minutes = [], []
         for seed in seeds:
@@ -143,7 +145,8 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
             minutes.append(log.seconds / 60)
         rows.append({"factor": factor, "value": value, "returns": returns, "minutes": minutes})
     references = _references(settings, ("test",))
-    return _result(settings, updates=updates, seeds=list(seeds), variants=rows, references=references)
+    described = {"settings": describe(settings), "made": made, "updates": updates, "seeds": list(seeds)}
+    return described | {"variants": rows, "references": references}
 
 
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
@@ -152,7 +155,7 @@ def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
     shorter = [n for n in (1, 2, 4) if n < full.episodes]
     context = [(n, _shorter_context(settings, n)) for n in shorter] + [(full.episodes, {})]
     denser = [k for k in (1, 3) if k < full.every]
-    thinning = [(k, {"window": WindowConfig(full.episodes, k, span=False)}) for k in denser] + [(full.every, {})]
+    thinning = [(k, {"window": replace(full, every=k, span=False)}) for k in denser] + [(full.every, {})]
     tasks = [(n, {"n_tasks": n}) for n in (16, 32, 64) if n < settings.n_tasks] + [(settings.n_tasks, {})]
     attention = as_agent(settings, "transformer")
     return [
@@ -174,7 +177,7 @@ def _spacing(settings: Profile) -> int:
 def _shorter_context(settings: Profile, episodes: int) -> dict[str, Any]:
     """Windows of fewer episodes from anywhere in a history, and as many more of them in a batch."""
     batch_size = settings.training.batch_size * settings.window.episodes // episodes
-    window = WindowConfig(episodes, _spacing(settings), span=False)
+    window = replace(settings.window, episodes=episodes, every=_spacing(settings), span=False, hold=0)
     return {"window": window, "training": replace(settings.training, batch_size=batch_size)}
 
 
@@ -209,7 +212,8 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
         raise ValueError(f"{path} is damaged ({error}); fetch or make it again") from error
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError if `seeds` are none, not different, or not seeds."""
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
         raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers from 0 to below 2**63, one or more")
 
@@ -227,14 +231,10 @@ def _references(settings: Profile, splits: Sequence[str] = ("test", "ood")) -> d
     return {split: vars(references(settings, split)) for split in splits}
 
 
-def _result(settings: Profile, **parts: Any) -> dict[str, Any]:
-    return {"settings": describe(settings), "made": provenance()} | parts
-
-
 def as_written(value: Any) -> Any:
-    """Turn arrays and tuples into lists and round every float to 4 decimals, as `save_result` does."""
+    """Turn arrays and tuples into lists and round every float but settings to 4 decimals, as `save_result` does."""
     if isinstance(value, dict):
-        return {key: as_written(item) for key, item in value.items()}
+        return {key: item if key == "settings" else as_written(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return as_written(value.tolist())
     if isinstance(value, list | tuple):

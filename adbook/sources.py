@@ -4,7 +4,6 @@ The learning history that algorithm distillation needs is what an environment sa
 the first clumsy episode to the last good one, in order. Replay buffers and evaluation episodes do not have it.
 """
 
-import math
 import warnings
 import zlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from adbook.checks import check_whole, is_number
 from adbook.droq import DroQ
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import Stream, TaskVector
@@ -45,9 +45,9 @@ class PPOConfig:
         """Refuse settings that cannot run."""
         _check(self, at_least_1=("steps", "n_envs", "streams", "n_steps", "batch_size", "n_epochs"))
         _check(self, shares=("gamma", "gae_lambda"))
-        if not _is_number(self.log_std_init):
+        if not is_number(self.log_std_init):
             raise ValueError(f"log_std_init={self.log_std_init!r} must be a finite number")
-        if not _is_number(self.entropy) or self.entropy < 0:
+        if not is_number(self.entropy) or self.entropy < 0:
             raise ValueError(f"entropy={self.entropy!r} must be a number of at least 0")
         if type(self.normalize) is not bool:
             raise ValueError(f"normalize={self.normalize!r} must be True or False")
@@ -101,7 +101,7 @@ class SACConfig:
     def __post_init__(self):
         """Refuse settings that cannot run."""
         _check(self, at_least_1=("steps", "n_envs", "streams", "updates", "batch_size"), shares=("gamma", "tau"))
-        if not _is_number(self.temperature) or self.temperature <= 0:
+        if not is_number(self.temperature) or self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature!r} must be a positive number")
         if type(self.learning_starts) is not int or not 0 <= self.learning_starts < self.steps:
             raise ValueError(f"learning_starts={self.learning_starts!r} must be from 0 to below steps={self.steps}")
@@ -148,7 +148,7 @@ class DroQConfig(SACConfig):
     def __post_init__(self):
         """Refuse settings that cannot run."""
         super().__post_init__()
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be from 0 to below 1")
 
     def build(self, vector: VecEnv, seed: int) -> BaseAlgorithm:
@@ -164,21 +164,16 @@ _FUSED = {"optimizer_kwargs": {"fused": True}}  # one kernel for all weights of 
 
 def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
     for name in at_least_1:
-        if type(getattr(config, name)) is not int or getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)!r} must be a whole number of at least 1")
+        check_whole(name, getattr(config, name))
     if not isinstance(config.hidden, tuple) or not all(type(w) is int and w >= 1 for w in config.hidden):
         raise ValueError(f"hidden={config.hidden!r} must be a tuple of layer widths of at least 1, such as (64, 64)")
     for name in shares:
-        if not _is_number(getattr(config, name)) or not 0 <= getattr(config, name) <= 1:
+        if not is_number(getattr(config, name)) or not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)!r} must be from 0 to 1")
-    if not _is_number(config.learning_rate) or config.learning_rate <= 0:
+    if not is_number(config.learning_rate) or config.learning_rate <= 0:
         raise ValueError(f"learning_rate={config.learning_rate!r} must be a positive number")
     if config.streams > config.n_envs:
         raise ValueError(f"streams={config.streams} exceeds n_envs={config.n_envs}; record at most every environment")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def source_name(config: SourceConfig) -> str:

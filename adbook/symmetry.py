@@ -65,26 +65,27 @@ def image(history: LearningHistory, turns: int, mirrored: bool = False) -> Learn
         mirrored: whether y becomes −y first.
 
     Returns:
-        A history of direction (−θ if mirrored, else θ) + turns · π/2, in [0, 2π); `metadata["image"]` keeps turns and
-        mirrored.
+        A history of direction (−θ if mirrored, else θ) + turns · π/2, in [0, 2π); `metadata["image"]` lists what was
+        done, [turns, mirrored] each time.
 
     Raises:
-        ValueError: a history of another family, or turns out of range.
+        ValueError: a history of another family; turns or mirrored are none.
     """
-    about = history.metadata["task"]
-    if about["family"] != FAMILY or turns not in range(4):
-        raise ValueError(
-            f"turns={turns!r} of {history!r}: only histories of {FAMILY} can be turned, by 0 to 3 quarters"
-        )
+    about = history.metadata.get("task", {})
+    if about.get("family") != FAMILY:
+        raise ValueError(f"only histories of {FAMILY} have images, and {history!r} is none")
+    if type(turns) is not int or turns not in range(4) or type(mirrored) is not bool:
+        raise ValueError(f"turns={turns!r} must be 0 to 3, and mirrored={mirrored!r} True or False")
     fields = {name: getattr(history, name) for name in ("observations", "next_observations", "actions")}
     (angle,) = about["goal"]
     for observation, action in [_MIRROR] * mirrored + [_TURN] * turns:
         for name, values in fields.items():
             index, sign = action if name == "actions" else observation
             fields[name] = values[:, index] * sign.astype(values.dtype)
-    angle = ((-angle if mirrored else angle) + turns * math.pi / 2) % (2 * math.pi)
+    angle = ((-angle if mirrored else angle) + turns * math.pi / 2) % (2 * math.pi) % (2 * math.pi)  # never 2π itself
     task = about | {"goal": [angle]}
-    return replace(history, **fields, metadata=history.metadata | {"task": task, "image": [turns, bool(mirrored)]})
+    done = [*history.metadata.get("image", []), [turns, mirrored]]
+    return replace(history, **fields, metadata=history.metadata | {"task": task, "image": done})
 
 
 def images(history: LearningHistory) -> list[LearningHistory]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adbook.checks import check_whole, is_number
 from adbook.files import content_hash, write_whole
 from adbook.policy import ADPolicy
 from adbook.windows import Windows
@@ -46,17 +47,18 @@ class TrainingConfig:
     def __post_init__(self):
         """Refuse settings that cannot run."""
         for name in ("updates", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.warmup < self.updates:
-            raise ValueError(f"warmup={self.warmup} must be at least 0 and less than updates={self.updates}")
+            check_whole(name, getattr(self, name))
+        for name in ("warmup", "seed"):
+            check_whole(name, getattr(self, name), 0)
+        if not self.warmup < self.updates:
+            raise ValueError(f"warmup={self.warmup} must be less than updates={self.updates}")
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
         for name in ("weight_decay", "observation_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
+            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+        if len(self.betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and less than 1")
 
     def rate(self, update: int) -> float:
@@ -170,8 +172,9 @@ def _digest(windows: Windows) -> list:
     """What tells one set of histories from another: the length of a window, and every number that is trained on."""
     digest = hashlib.blake2b()
     for history in windows.histories:
-        for array in (history.observations, history.actions, history.rewards):
-            digest.update(np.ascontiguousarray(array))
+        for field in fields(history):
+            if field.name != "metadata":
+                digest.update(np.ascontiguousarray(getattr(history, field.name)))
     return [windows.length, [h.metadata for h in windows.histories], digest.hexdigest()]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adbook.checks import check_whole
 from adbook.policy import ADPolicy
 from adbook.training import TrainingConfig, TrainingLog, parameter_groups, set_statistics
 from adbook.windows import Windows
@@ -46,8 +47,11 @@ def train_side_by_side(
         policy is on the CPU again.
 
     Raises:
-        FloatingPointError: a loss was not finite.
+        ValueError: `at_once` is below 1.
+        FloatingPointError: a loss was not finite; raised when all other trainings have ended.
     """
+    check_whole("at_once", at_once)
+    failed: list[str] = []
     tables: dict[tuple[int, ...], dict[str, Tensor]] = {}
     waiting, running = iter(enumerate(trainings)), {}
     while True:
@@ -57,13 +61,20 @@ def train_side_by_side(
                 tables[key] = _table(training.windows, device)
             running[i] = _Run(training, tables[key], torch.device(device))
         if not running:
-            return
+            break
         for i, run in list(running.items()):
             if run.update == run.config.updates:
                 del running[i]
-                yield i, run.finish()
+                try:
+                    log = run.finish()
+                except FloatingPointError as error:
+                    failed.append(f"training {i}: {error}")
+                else:
+                    yield i, log
             else:
                 run.advance()
+    if failed:
+        raise FloatingPointError("; ".join(failed))
 
 
 def _up_to(n: int, items: Iterator) -> Iterable:

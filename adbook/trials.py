@@ -16,9 +16,9 @@ import numpy as np
 
 from adbook import experiments
 from adbook.checkpoints import trained_policy
-from adbook.experiments import Profile, describe, provenance
+from adbook.experiments import Profile, completed, describe, provenance
 from adbook.oracle import Oracle
-from adbook.results import as_written, load_result, save_result
+from adbook.results import load_result, save_result
 from adbook.rollout import rollout
 from adbook.source_scores import task_bounds
 
@@ -72,21 +72,26 @@ def trial(settings: Profile, changes: Sequence[str] = ()) -> dict[str, Any]:
         JSON: "changes", "settings", "returns" (tasks, episodes), "bounds" with "random" and "oracle" (tasks,),
         "minutes" of training, "loss" of its last tenth, and where it was made.
     """
-    run = changed(settings, changes)
+    run, made, oracle = changed(settings, changes), provenance(), Oracle.load(settings.family.name)
     policy, log = trained_policy(run)
     tasks = run.family.sample_tasks(N_TASKS, np.random.default_rng(TASK_SEED))
     played = rollout(policy, run.family, tasks, episodes=run.window.episodes + 2, seed=run.seed)
-    bounds = task_bounds(Oracle.load(run.family.name), tasks)
+    bounds = task_bounds(oracle, tasks)
     loss = float(np.mean(log.losses[-max(1, len(log.losses) // 10) :]))
     measured = {"returns": played.returns, "bounds": bounds, "minutes": log.seconds / 60, "loss": loss}
     described = {"family": run.family.name, "agent": run.agent, "seed": run.seed, "changes": list(changes)}
-    return described | measured | {"settings": describe(run), "made": provenance()}
+    return described | measured | {"settings": describe(run), "made": made}
 
 
 def keep(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Add a trial to the file, in place of an earlier one of the same settings; returns all that were tried."""
     folder = experiments.RESULTS
     tried = load_result(NAME, folder)["trials"] if (folder / f"{NAME}.json").is_file() else []
-    tried = [other for other in tried if other["settings"] != as_written(row["settings"])]
+    tried = [other for other in tried if _same(other["settings"]) != _same(row["settings"])]
     save_result(NAME, {"trials": [*tried, row]}, folder)
     return load_result(NAME, folder)["trials"]
+
+
+def _same(settings: dict[str, Any]) -> Any:
+    """Settings in the form in which those of old and new files are equal."""
+    return json.loads(json.dumps(completed(settings)))

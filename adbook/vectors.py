@@ -38,7 +38,7 @@ class TaskVector(VecEnv):
         """
         family.check(tasks)
         n_envs = len(tasks)
-        self._simulator = _SIMULATORS[simulator(family.name)](family, tasks, seed)
+        self._simulator = SIMULATORS[simulator(family.name)](family, tasks, seed)
         space = family.observation_size, family.action_size
         super().__init__(
             n_envs,
@@ -172,7 +172,7 @@ class _EnvPool:
         self._pool.close()
 
 
-_SIMULATORS = {"gymnasium": _Gymnasium, "envpool": _EnvPool}
+SIMULATORS = {"gymnasium": _Gymnasium, "envpool": _EnvPool}
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from adbook.checks import check_whole, is_number
 from adbook.histories import LearningHistory
 from adbook.relabel import repaid
 
@@ -20,30 +21,35 @@ class WindowConfig:
     The last `hold` of a window's episodes are drawn from the history's last `every`, so that a window does not end as
     soon as the source has learnt, but shows for a while what it then does.
 
-    With `strays`, episodes of other tasks take the place of some: the wrong thing done, and paid for as what it is on
-    the window's own task. They are shown and not imitated. In a source's own history what it does tells where the goal
-    is, and a network can copy it; after a stray only the rewards tell.
+    With `strays`, episodes of any histories, nearly always of other tasks, take the place of some: the wrong thing
+    done, and paid for as what it is on the window's own task. They are shown and not imitated. In a source's own
+    history what it does tells where the goal is, and a network can copy it; after a stray only the rewards tell.
     """
 
     episodes: int = 8  # kept episodes in a window
     every: int | None = 10  # keep one episode in so many; None: one of each equal stretch
     span: bool = True  # start among a history's first `every` episodes, to show how it began; else anywhere
     hold: int = 0  # how many of the kept episodes are of the history's end
-    strays: float = 0.0  # chance that an episode, unless it is the last, gives way to any other task's
+    strays: float = 0.0  # chance that an episode, unless it is the last, gives way to any one of any history
 
     def __post_init__(self):
         """Refuse settings that cannot be cut."""
-        for name, value in (("episodes", self.episodes), ("every", 1 if self.every is None else self.every)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        check_whole("episodes", self.episodes)
+        check_whole("every", 1 if self.every is None else self.every)
         if type(self.span) is not bool:
             raise ValueError(f"span={self.span!r} must be True or False")
         if self.every is None and (not self.span or self.hold):
             raise ValueError("every=None covers a history whole; it goes with span=True and hold=0")
         if type(self.hold) is not int or not 0 <= self.hold < self.episodes:
             raise ValueError(f"hold={self.hold!r} must be a whole number from 0 to below episodes={self.episodes}")
-        if not 0 <= self.strays < 1:
+        if not is_number(self.strays) or not 0 <= self.strays < 1:
             raise ValueError(f"strays={self.strays!r} must be a number from 0 to below 1")
+
+    @property
+    def context(self) -> str:
+        """The episodes that are to show how the source learnt, in words for an error."""
+        learning = f"{self.episodes - self.hold} episodes"
+        return learning if self.every is None else f"{learning}, one in {self.every},"
 
     @property
     def needed(self) -> int:
@@ -86,15 +92,15 @@ class Windows:
                 raise ValueError(f"horizon={horizon} is shorter than an episode of {longest} steps of {history!r}")
             if len(episodes) < config.needed:
                 raise ValueError(
-                    f"a context of {config.episodes - config.hold} episodes, one in {config.every}, needs "
-                    f"{config.needed} episodes, but {history!r} has {len(episodes)}; lower episodes or every, or "
-                    "record longer histories"
+                    f"a context of {config.context} needs {config.needed} episodes, but {history!r} has "
+                    f"{len(episodes)}; lower episodes or every, or record longer histories"
                 )
         self.histories = list(histories)
         self.offsets = np.cumsum([0, *(len(history.rewards) for history in histories[:-1])])
         if config.strays:
             tasks = [history.metadata.get("task") for history in histories]
-            families = {task.get("family") if isinstance(task, dict) else None for task in tasks}
+            known = all(isinstance(task, dict) and "goal" in task for task in tasks)
+            families = {task.get("family") for task in tasks} if known else {None}
             if len(families) > 1 or None in families:
                 raise ValueError(f"strays need histories of tasks of one family; these are of {families}")
 

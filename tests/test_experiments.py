@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adbook import checkpoints, experiments, results
+from adbook import checkpoints, experiments, results, vectors
 from adbook.checkpoints import publish, published_policy, train_on_gpu, trained_policy
 from adbook.experiments import AGENTS, PROFILES, as_agent, evaluate, profile, references, source_histories
 from adbook.policy import ADPolicy
@@ -59,7 +59,7 @@ def test_a_policy_can_take_every_action_of_its_family(family):
         ({"seed": "one"}, "seed='one' must be a whole number of at least 0"),
         ({"seed": -1}, "seed=-1 must"),
         ({"n_tasks": 129}, "n_tasks=129 must be from 1 to 128"),
-        ({"n_test": 0}, "n_test=0 must be from 1 to 16"),
+        ({"n_test": 0}, "n_test=0 must be a whole number of at least 1"),
         ({"head": "mle"}, "'mle'.*gaussian, mse"),
         ({"window": WindowConfig(episodes=20, every=6)}, "20 episodes, one in 6, exceeds a history of 50 episodes"),
         ({"source": PPOConfig(steps=1600)}, "exceeds a history of 2 episodes; lower episodes or every, or raise"),
@@ -81,21 +81,19 @@ def test_histories_are_recorded_once(runs, capsys):
         np.testing.assert_array_equal(one.actions, other.actions)
 
 
-def test_histories_can_be_thinned_out_or_come_from_the_data_set(runs, monkeypatch):
+def test_histories_can_be_thinned_out(runs):
     settings = profile("smoke")
     whole = source_histories(settings, progress=False)
     thin = replace(settings, kept=8)
     for history, kept in zip(whole, source_histories(thin, progress=False), strict=True):
         np.testing.assert_array_equal(kept.episode_returns, history.every(len(history.episodes) // 8).episode_returns)
-    monkeypatch.setattr(experiments.generation, "record", None)  # would be called
-    committed = replace(settings, recorded=False, n_tasks=2)
-    histories = source_histories(committed)
-    assert {history.metadata["task"]["index"] for history in histories} == {0, 1}
-    assert all(history.metadata["task"]["split"] == "train" for history in histories)
-    hashes = {checkpoints._training_hash(one) for one in (settings, thin, replace(settings, recorded=False))}
-    assert len(hashes) == 3
+    assert checkpoints._training_hash(settings) != checkpoints._training_hash(thin)
     with pytest.raises(ValueError, match=r"one in 2, exceeds a history of 3 episodes"):
         replace(settings, kept=3)
+    with pytest.raises(ValueError, match=r"26 episodes exceeds a history of 25 episodes"):  # one in two of 50
+        replace(profile(), kept=49, window=WindowConfig(26, None))
+    with pytest.raises(ValueError, match="unknown split 'tests'"):
+        source_histories(settings, "tests")
 
 
 def test_a_policy_is_trained_once_and_another_setting_is_another_policy(runs, capsys):
@@ -135,6 +133,8 @@ def test_agents_differ_in_their_weights_by_less_than_a_twentieth(name, family):
     assert (attention.window, attention.source) == (settings.window, settings.source)
     with pytest.raises(ValueError, match=r"'transfomer'.*did you mean 'transformer'"):
         as_agent(settings, "transfomer")
+    with pytest.raises(ValueError, match="profile of the transformer cannot be made one of another agent"):
+        as_agent(attention, "mamba")
 
 
 def test_a_policy_is_published_in_half_its_size_and_stands_in_for_training(runs, tmp_path, monkeypatch, capsys):
@@ -160,6 +160,9 @@ def test_a_policy_is_published_in_half_its_size_and_stands_in_for_training(runs,
         trained_policy(settings, recompute=True, progress=False)
     assert not checkpoints.is_published(replace(settings, training=replace(settings.training, updates=5)))
     assert not checkpoints.is_published(replace(settings, seed=1))
+    for simulator in vectors.SIMULATORS:  # whichever recorded the histories, and whichever is here
+        monkeypatch.setattr(checkpoints.generation, "simulator", lambda name, simulator=simulator: simulator)
+        assert checkpoints.is_published(settings)
 
 
 def test_on_a_gpu_all_that_is_missing_is_trained_side_by_side(runs, monkeypatch, capsys):
@@ -178,6 +181,8 @@ def test_on_a_gpu_all_that_is_missing_is_trained_side_by_side(runs, monkeypatch,
     assert [training.half for training in given] == [False, False, True]
     train_on_gpu(wanted)
     assert len(given) == 3
+    with pytest.raises(ValueError, match="must be of the same data"):
+        train_on_gpu([settings, replace(settings, n_tasks=3)])
     monkeypatch.setattr(checkpoints, "train", None)  # would be called
     for one in wanted:
         _, log = trained_policy(one)
@@ -242,6 +247,9 @@ def test_ablations_change_one_factor_and_hold_the_profile_itself(runs):
     for factor in {factor for factor, _, _ in rows}:
         values = [changes for name, _, changes in rows if name == factor]
         assert sum(replace(settings, **changes) == settings for changes in values) == 1
+    strays = profile("laptop", "ant-dir")
+    for factor, _, changes in results.variants(strays):
+        assert replace(strays, **changes).window.strays == strays.window.strays, factor
     result = results.ablations(settings, updates=3, seeds=(0, 1))
     assert [row["factor"] for row in result["variants"]] == [factor for factor, _, _ in rows]
     returns = np.array([row["returns"] for row in result["variants"]])  # (variants, seeds, tasks, episodes)

@@ -291,7 +291,7 @@ def test_rewards_and_ends_in_a_vector(name, kind, monkeypatch):
     if kind is vectors._EnvPool:
         pytest.importorskip("envpool")
     family = adbook.family(name)
-    monkeypatch.setitem(vectors._SIMULATORS, vectors.simulator(name), kind)
+    monkeypatch.setitem(vectors.SIMULATORS, vectors.simulator(name), kind)
     tasks = family.train_tasks[:2]
     vector = TaskVector(family, tasks, seed=1, capacity=family.horizon + 1, streams=2)
     first = vector.reset()
@@ -320,7 +320,7 @@ def test_a_vector_that_never_ended_an_episode_has_no_stream(reacher):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_replaying_the_recorded_actions_gives_the_recorded_stream(reacher, monkeypatch, normalize):
     """Nothing was lost, reordered, changed or normalised between the simulator and the record."""
-    monkeypatch.setitem(vectors._SIMULATORS, vectors.simulator("reacher-goal"), vectors._Gymnasium)
+    monkeypatch.setitem(vectors.SIMULATORS, vectors.simulator("reacher-goal"), vectors._Gymnasium)
     stream = run_source(reacher, reacher.train_tasks[0], replace(PPO, normalize=normalize), seed=3)[1]
     env = reacher.make(reacher.train_tasks[0])
     seeds = np.random.SeedSequence(_dice(reacher.train_tasks[0], 3)).generate_state(2)

@@ -1,6 +1,7 @@
 """The ant's symmetries: the simulator itself says that an image of a history is a history."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ def test_the_symmetries_are_a_group():
         for name in ("observations", "actions", "next_observations"):
             np.testing.assert_array_equal(getattr(back, name), getattr(history, name))
         assert back.metadata["task"]["goal"][0] == pytest.approx(0.7)
+    assert image(image(history, 1), 2).metadata["image"] == [[1, False], [2, False]]
 
 
 def test_images_keep_to_the_range_of_the_training_tasks():
@@ -80,7 +82,11 @@ def test_no_image_of_a_training_task_is_a_test_task():
 def test_only_the_ant_is_turned():
     """Another family's history is refused, and so is a profile that asks for it."""
     history, *_ = recorded(0.7, steps=3)
-    with pytest.raises(ValueError, match="0 to 3 quarters"):
-        image(history, 4)
+    for wrong in ({"turns": 4}, {"turns": 1.0}, {"turns": 1, "mirrored": 2}):
+        with pytest.raises(ValueError, match="must be 0 to 3, and mirrored="):
+            image(history, **wrong)
+    other = replace(history, metadata=history.metadata | {"task": {"family": "reacher-goal", "goal": [0.1, 0.1]}})
+    with pytest.raises(ValueError, match="only histories of ant-dir have images"):
+        image(other, 1)
     with pytest.raises(ValueError, match="is for ant-dir; reacher-goal has"):
         adbook.profile(images=True)

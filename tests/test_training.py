@@ -232,10 +232,10 @@ def test_the_statistics_are_those_of_the_histories():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"updates": 0}, "updates=0 must be at least 1"),
-        ({"batch_size": -2}, "batch_size=-2 must be at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
-        ({"warmup": 10, "updates": 10}, "warmup=10 must be at least 0 and less than updates=10"),
+        ({"updates": 0}, "updates=0 must be a whole number of at least 1"),
+        ({"batch_size": -2}, "batch_size=-2 must be a whole number of at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 must be a whole number of at least 1"),
+        ({"warmup": 10, "updates": 10}, "warmup=10 must be less than updates=10"),
         ({"warmup": -1}, "warmup=-1"),
     ],
 )

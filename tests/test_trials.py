@@ -23,7 +23,10 @@ def test_changes_reach_into_the_parts_of_a_profile():
         ("window.holds=2", "no setting 'holds' here; choose from episodes, every, span, hold"),
         ("training.updates.x=2", "no setting 'x' here; choose from none"),
         ("window=3", "'window' has settings of its own; choose from window.episodes, window.every"),
-        ("training.updates=0", "updates=0 must be at least 1"),
+        ("training.updates=0", "updates=0 must be a whole number of at least 1"),
+        ("training.updates=3e3", "updates=3000.0 must be a whole number"),
+        ("window.strays=high", "strays='high' must be a number from 0 to below 1"),
+        ('images="no"', "images='no' must be True or False"),
     ],
 )
 def test_a_change_of_nothing_is_refused(change, message):
@@ -36,13 +39,15 @@ def test_a_trial_plays_tasks_of_its_own_and_is_noted_once(tmp_path, monkeypatch,
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
     played = []
     monkeypatch.setattr(trials, "rollout", lambda p, f, tasks, **o: played.extend(tasks) or _rollout(p, f, tasks, **o))
-    command = ["trial", "--profile", "smoke"]
+    command, settings = ["trial", "--profile", "smoke"], profile("smoke")
     assert main([*command, "training.updates=4"]) == 0
-    settings = profile("smoke")
     goals = {task.goal for task in settings.family.train_tasks + settings.family.test_tasks}
     assert len(played) == trials.N_TASKS
     assert not goals & {task.goal for task in played}
     assert main([*command, "training.updates=4", "training.observation_noise=0"]) == 0
+    kept = trials.load_result("trials", experiments.RESULTS)["trials"]
+    del kept[0]["settings"]["images"], kept[0]["settings"]["window"]["strays"]  # as a file from before there were any
+    trials.save_result("trials", {"trials": kept}, experiments.RESULTS)
     assert main([*command, "training.updates=4"]) == 0  # once more
     assert capsys.readouterr().out.endswith("2 trials are noted\n")
     kept = trials.load_result("trials", experiments.RESULTS)["trials"]
@@ -52,6 +57,9 @@ def test_a_trial_plays_tasks_of_its_own_and_is_noted_once(tmp_path, monkeypatch,
     ]
     assert np.shape(kept[0]["returns"]) == (trials.N_TASKS, settings.window.episodes + 2)
     assert kept[0]["returns"] != kept[1]["returns"]
+    for rate, there in ((3.1e-4, 3), (3.4e-4, 4)):  # settings are not rounded
+        row = kept[1] | {"settings": kept[1]["settings"] | {"training": {"learning_rate": rate}}}
+        assert len(trials.keep(row)) == there
     assert main([*command, "training.update=4"]) == 2
     assert "choose from updates, batch_size" in capsys.readouterr().err
 

@@ -89,7 +89,7 @@ def reachers():
     return made
 
 
-def test_strays_are_of_any_task_paid_by_the_windows_own_and_not_imitated():
+def test_strays_are_of_any_history_paid_by_the_windows_own_and_not_imitated():
     given = reachers()
     windows = Windows(given, WindowConfig(4, 3, strays=0.4), horizon=3)
     drawn, sampled = (f(600, np.random.default_rng(1)) for f in (windows.draw, windows.sample))
@@ -111,7 +111,10 @@ def test_strays_are_of_any_task_paid_by_the_windows_own_and_not_imitated():
 def test_strays_need_tasks_of_one_family():
     with pytest.raises(ValueError, match="strays need histories of tasks of one family"):
         Windows([make_history()], WindowConfig(3, 4, strays=0.1), 3)
-    for wrong in (-0.1, 1.0, math.nan):
+    aimless = replace(make_history(), metadata={"task": {"family": "reacher-goal"}})
+    with pytest.raises(ValueError, match="strays need histories of tasks of one family"):
+        Windows([aimless], WindowConfig(3, 4, strays=0.1), 3)
+    for wrong in (-0.1, 1.0, math.nan, "high"):
         with pytest.raises(ValueError, match=r"strays=.* must be a number from 0 to below 1"):
             WindowConfig(strays=wrong)
 
