@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"adbook: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -94,11 +94,10 @@ def results(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.checkpoints import write_card
     from adbook.files import check_writable
-    from adbook.results import check_seeds, in_context, save_result
+    from adbook.results import check_agents, check_seeds, in_context, save_result
 
     check_seeds(options.seeds)
-    if "mamba" not in options.agents:
-        raise ValueError(f"agents {' '.join(options.agents)} lack mamba, whose controls the result holds; add it")
+    check_agents(options.agents)
     check_writable(experiments.RESULTS)
     train(options)
     settings = experiments.profile(options.profile, options.family)
@@ -111,8 +110,10 @@ def results(options: argparse.Namespace) -> None:
 def trial(options: argparse.Namespace) -> None:
     """Train one policy with some settings changed, measure it on fresh tasks, and note it among what was tried."""
     from adbook import experiments, metrics
+    from adbook.files import check_writable
     from adbook.trials import keep, trial
 
+    check_writable(experiments.RESULTS)
     settings = experiments.profile(options.profile, options.family, options.seed)
     settings = experiments.as_agent(settings, options.agent)
     row = trial(settings, options.changes)
@@ -125,8 +126,10 @@ def trial(options: argparse.Namespace) -> None:
 def ablations(options: argparse.Namespace) -> None:
     """Train variants that differ in one factor, three seeds each, and write their returns."""
     from adbook import experiments
+    from adbook.files import check_writable
     from adbook.results import ablations, save_result
 
+    check_writable(experiments.RESULTS)
     settings = experiments.profile(options.profile, options.family)
     half = max(settings.training.updates // 2, settings.training.warmup + 1)
     updates = half if options.updates is None else options.updates

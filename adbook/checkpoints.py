@@ -63,6 +63,7 @@ def train_on_gpu(wanted: Sequence[Profile]) -> None:
 
     Raises:
         ValueError: the profiles are not of the same data.
+        FloatingPointError: the loss of a training was not finite.
     """
     data = {(p.family.name, p.family.split, p.train_tasks, p.source, p.source_seeds, p.kept, p.images) for p in wanted}
     if len(data) > 1:
@@ -78,9 +79,13 @@ def train_on_gpu(wanted: Sequence[Profile]) -> None:
         # In 32 bits attention has no fast kernel, and takes three times as long; the scan is no quicker in 16.
         half = one.policy.backbone_name == "transformer"
         trainings.append(Training(ADPolicy(one.policy), windows, training, half))
-    for i, log in tqdm(train_side_by_side(trainings), total=len(missing), unit="policy"):
-        about = {"settings": describe(missing[i]), "log": asdict(log)} | made
-        trainings[i].policy.save_pretrained(_own(missing[i]), about=about)
+    try:
+        for i, log in tqdm(train_side_by_side(trainings), total=len(missing), unit="policy"):
+            about = {"settings": describe(missing[i]), "log": asdict(log)} | made
+            trainings[i].policy.save_pretrained(_own(missing[i]), about=about)
+    except FloatingPointError as error:
+        order = ", ".join(f"{i}: {one.agent}, seed {one.seed}" for i, one in enumerate(missing))
+        raise FloatingPointError(f"{error}; what has ended is kept, so ask for the others alone ({order})") from error
 
 
 def published_at(settings: Profile) -> Path:
@@ -160,7 +165,7 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
     if window.hold:
         shown += f", and the last {window.hold} from the last {window.every} of a history"
     if window.strays:
-        shown += f"; but for the last, {window.strays:.0%} of them are strays of other tasks"
+        shown += f"; but for the last, {window.strays:.0%} of them give way to strays, of any task"
     text = _CARD.format(
         **{key: about[key] for key in ("machine", "date", "commit", "torch")},
         note=f"; {about['note']}" if "note" in about else "",

@@ -21,4 +21,6 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
 
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )

@@ -71,24 +71,38 @@ class Profile:
         for name in ("episodes", "n_tasks", "n_test"):
             check_whole(name, getattr(self, name))
         check_whole("kept", 1 if self.kept is None else self.kept)
-        if type(self.images) is not bool:
-            raise ValueError(f"images={self.images!r} must be True or False")
+        for name in ("images", "return_to_go"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name, tasks in (("n_tasks", self.family.train_tasks), ("n_test", self.family.test_tasks)):
             if getattr(self, name) > len(tasks):
                 raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {len(tasks)} for {self.family.name}")
-        if not self.source_seeds or len(set(self.source_seeds)) < len(self.source_seeds):
+        if (
+            not isinstance(self.source_seeds, tuple)
+            or not self.source_seeds
+            or len(set(self.source_seeds)) < len(self.source_seeds)
+        ):
             raise ValueError(f"source_seeds={self.source_seeds} must be different seeds, one or more")
         if self.images and self.family.name != symmetry.FAMILY:
             raise ValueError(f"images=True is for {symmetry.FAMILY}; {self.family.name} has no symmetries to use")
         _ = self.policy  # its own checks
         per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
-        if self.kept is not None:
-            per_stream = len(range(0, per_stream, max(1, -(-per_stream // self.kept))))  # as `adbook.datasets.thinned`
+        if self.kept is not None:  # at most: what is left by equal distances, `Windows` checks
+            per_stream = min(per_stream, self.kept)
         if self.window.needed > per_stream:
             raise ValueError(
                 f"a context of {self.window.context} exceeds a history of {per_stream} episodes; lower episodes or "
-                "every, or raise the source's steps"
+                "every, or raise kept or the source's steps"
             )
+
+    def tasks(self, split: str) -> tuple[Task, ...]:
+        """The tasks of a split that this profile uses: "train", "test", "ood" or "macaw".
+
+        Raises:
+            ValueError: unknown split.
+        """
+        check_known("split", split, ("train", "test", "ood", "macaw"))
+        return getattr(self, f"{split}_tasks")
 
     @property
     def train_tasks(self) -> tuple[Task, ...]:
@@ -235,11 +249,10 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
 
     Args:
         settings: the profile.
-        split: "train", "test" or "ood"; test and ood histories only normalise scores and are never trained on.
+        split: of tasks; histories of all but "train" only normalise scores and are never trained on.
         progress: show a bar while recording.
     """
-    check_known("split", split, ("train", "test", "ood"))
-    tasks = getattr(settings, f"{split}_tasks")
+    tasks = settings.tasks(split)
     seeds = settings.source_seeds if split == "train" else (0,)
     where = {"seeds": seeds, "folder": RUNS / "histories"}
     paths = generation.run_paths(settings.family, tasks, settings.source, **where)
@@ -283,7 +296,7 @@ def references(settings: Profile, split: str = "test") -> References:
 
     Where the data set holds the source's runs on these tasks, nothing is recorded.
     """
-    tasks = getattr(settings, f"{split}_tasks")
+    tasks = settings.tasks(split)
     by_task = {task: [] for task in tasks}
     best = recipe(settings.family.name)
     there = settings.source == best.config and split in SPLITS and len(tasks) <= getattr(best, split)
@@ -303,7 +316,7 @@ def references(settings: Profile, split: str = "test") -> References:
 def evaluate(settings: Profile, policy: ADPolicy, split: str = "test", **options) -> Rollout:
     """Roll a policy out on the tasks of a split with frozen weights; options are those of `adbook.rollout`."""
     options = {"episodes": settings.episodes, "seed": settings.seed} | options
-    return rollout(policy, settings.family, getattr(settings, f"{split}_tasks"), **options)
+    return rollout(policy, settings.family, settings.tasks(split), **options)
 
 
 def describe(settings: Profile) -> dict:

@@ -22,11 +22,12 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from adbook.checks import check_known
 from adbook.files import check_writable, content_hash, remove_leftovers
 from adbook.histories import SCHEMA, LearningHistory, save_histories
 from adbook.sources import SourceConfig, check_horizon, run_source, source_name
 from adbook.tasks import Task, TaskFamily
-from adbook.vectors import simulator
+from adbook.vectors import SIMULATORS, simulator
 
 _RECORDING = 3  # raise it when the same settings and seed come to give other histories, so that none goes stale
 _PATIENCE = 10.0  # s, for a file that a worker has written to appear
@@ -122,6 +123,7 @@ def run_paths(
     `stepped_by` is one of `adbook.vectors.SIMULATORS`; None is the one that this machine has.
     """
     seeds, stepped_by = _checked_seeds(seeds), stepped_by or simulator(family.name)
+    check_known("simulator", stepped_by, SIMULATORS)
     return [_run_path(Path(folder), family, task, config, seed, stepped_by) for task in tasks for seed in seeds]
 
 

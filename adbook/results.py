@@ -56,12 +56,11 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         where it was made.
     """
     check_seeds(seeds)
-    if "mamba" not in agents:
-        raise ValueError(f"agents {' '.join(agents)} lack mamba, whose controls the result holds; add it")
+    check_agents(agents)
     made, oracle = provenance(), Oracle.load(settings.family.name)
     kinds = {agent: as_agent(settings, agent) for agent in agents}
     trained = {agent: [published_policy(replace(kind, seed=seed)) for seed in seeds] for agent, kind in kinds.items()}
-    policies = {agent: [policy for policy, _ in made] for agent, made in trained.items()}
+    policies = {agent: [policy for policy, _ in each] for agent, each in trained.items()}
     splits = ("test", "ood", *(["macaw"] if settings.macaw_tasks else []))
     plays = {(split, agent): policies[agent] for split in splits for agent in agents}
     for split in ("test", "ood"):
@@ -72,14 +71,14 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     within = {agent: _by_step([rewards for _, rewards in played["test", agent]]) for agent in agents}
     bounds = {}
     for split in splits:
-        tasks = getattr(settings, f"{split}_tasks")
+        tasks = settings.tasks(split)
         bounds[split] = task_bounds(oracle, tasks) | {"misled": misled_returns(oracle, tasks)}
-    logs = {agent: [log for _, log in made] for agent, made in trained.items()}
+    logs = {agent: [log for _, log in each] for agent, each in trained.items()}
     speed = {
-        agent: [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for log in made]
-        for agent, made in logs.items()
+        agent: [{"minutes": log.seconds / 60, "tokens_per_second": log.tokens_per_second} for log in each]
+        for agent, each in logs.items()
     }
-    weights = {agent: sum(p.numel() for p in made[0].parameters()) for agent, made in policies.items()}
+    weights = {agent: sum(p.numel() for p in each[0].parameters()) for agent, each in policies.items()}
     parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds}
     parts |= {"weights": weights, "training": speed}
     return {"settings": describe(settings), "made": made} | parts | {"references": _references(settings)}
@@ -112,7 +111,7 @@ def _played(
 def _play(settings: Profile, policy: nn.Module, split: str, method: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns (tasks, episodes), and rewards (tasks, episodes, steps), None where episodes are not played in a row."""
     if method == "context reset":
-        tasks, options = getattr(settings, f"{split}_tasks"), {"episodes": settings.episodes, "seed": settings.seed}
+        tasks, options = settings.tasks(split), {"episodes": settings.episodes, "seed": settings.seed}
         return reset_every_episode(policy, settings.family, tasks, **options), None
     rollout = evaluate(settings, policy, split, **_PLAYED_AS.get(method, {}))
     return rollout.returns, rollout.rewards
@@ -135,11 +134,11 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
     """
     check_seeds(seeds)
     rows, made = [], provenance()
-    for factor, value, changes in variants(settings):
+    changed = [(factor, value, replace(settings, **changes)) for factor, value, changes in variants(settings)]
+    for factor, value, variant in changed:
         returns, minutes = [], []
         for seed in seeds:
-            run = replace(settings, seed=seed, **changes)
-            run = replace(run, training=replace(run.training, updates=updates))
+            run = replace(variant, seed=seed, training=replace(variant.training, updates=updates))
             policy, log = trained_policy(run)
             returns.append(evaluate(run, policy).returns)
             minutes.append(log.seconds / 60)
@@ -150,12 +149,15 @@ def ablations(settings: Profile, updates: int, seeds: Sequence[int] = (0, 1, 2))
 
 
 def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return what `ablations` compares: (factor, value, changed fields of the profile)."""
+    """Return what `ablations` compares: (factor, value, changed fields of the profile).
+
+    Windows that do not span a history hold nothing of its end back, whatever the profile's do.
+    """
     full = replace(settings.window, every=_spacing(settings))
     shorter = [n for n in (1, 2, 4) if n < full.episodes]
     context = [(n, _shorter_context(settings, n)) for n in shorter] + [(full.episodes, {})]
     denser = [k for k in (1, 3) if k < full.every]
-    thinning = [(k, {"window": replace(full, every=k, span=False)}) for k in denser] + [(full.every, {})]
+    thinning = [(k, {"window": replace(full, every=k, span=False, hold=0)}) for k in denser] + [(full.every, {})]
     tasks = [(n, {"n_tasks": n}) for n in (16, 32, 64) if n < settings.n_tasks] + [(settings.n_tasks, {})]
     attention = as_agent(settings, "transformer")
     return [
@@ -212,9 +214,15 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
         raise ValueError(f"{path} is damaged ({error}); fetch or make it again") from error
 
 
+def check_agents(agents: Sequence[str]) -> None:
+    """Raise ValueError if `agents` are not what `in_context` needs."""
+    if "mamba" not in agents:
+        raise ValueError(f"agents {' '.join(agents)} lack mamba, whose controls the result holds; add it")
+
+
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise ValueError if `seeds` are none, not different, or not seeds."""
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and 0 <= s < 2**63 for s in seeds):
         raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers from 0 to below 2**63, one or more")
 
 
@@ -232,7 +240,7 @@ def _references(settings: Profile, splits: Sequence[str] = ("test", "ood")) -> d
 
 
 def as_written(value: Any) -> Any:
-    """Turn arrays and tuples into lists and round every float but settings to 4 decimals, as `save_result` does."""
+    """As `save_result` writes it: arrays and tuples as lists, floats rounded to 4 decimals; "settings" as they are."""
     if isinstance(value, dict):
         return {key: item if key == "settings" else as_written(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

@@ -71,11 +71,13 @@ def image(history: LearningHistory, turns: int, mirrored: bool = False) -> Learn
     Raises:
         ValueError: a history of another family; turns or mirrored are none.
     """
-    about = history.metadata.get("task", {})
-    if about.get("family") != FAMILY:
+    about = history.metadata.get("task")
+    if not isinstance(about, dict) or about.get("family") != FAMILY:
         raise ValueError(f"only histories of {FAMILY} have images, and {history!r} is none")
-    if type(turns) is not int or turns not in range(4) or type(mirrored) is not bool:
-        raise ValueError(f"turns={turns!r} must be 0 to 3, and mirrored={mirrored!r} True or False")
+    if type(turns) is not int or turns not in range(4):
+        raise ValueError(f"turns={turns!r} must be a whole number from 0 to 3")
+    if type(mirrored) is not bool:
+        raise ValueError(f"mirrored={mirrored!r} must be True or False")
     fields = {name: getattr(history, name) for name in ("observations", "next_observations", "actions")}
     (angle,) = about["goal"]
     for observation, action in [_MIRROR] * mirrored + [_TURN] * turns:

@@ -54,12 +54,16 @@ class TrainingConfig:
             raise ValueError(f"warmup={self.warmup} must be less than updates={self.updates}")
         for name in ("learning_rate", "clip"):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
         for name in ("weight_decay", "observation_noise"):
             if not is_number(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
-        if len(self.betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must both be at least 0 and less than 1")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
+        if (
+            not isinstance(self.betas, tuple)
+            or len(self.betas) != 2
+            or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        ):
+            raise ValueError(f"betas={self.betas!r} must be two numbers, both be at least 0 and less than 1")
 
     def rate(self, update: int) -> float:
         """Learning rate of an update."""

@@ -99,10 +99,11 @@ class Windows:
         self.offsets = np.cumsum([0, *(len(history.rewards) for history in histories[:-1])])
         if config.strays:
             tasks = [history.metadata.get("task") for history in histories]
-            known = all(isinstance(task, dict) and "goal" in task for task in tasks)
-            families = {task.get("family") for task in tasks} if known else {None}
-            if len(families) > 1 or None in families:
-                raise ValueError(f"strays need histories of tasks of one family; these are of {families}")
+            if not all(isinstance(task, dict) and {"family", "goal"} <= task.keys() for task in tasks):
+                raise ValueError("strays need histories whose metadata name the task, with its family and goal")
+            families = {task["family"] for task in tasks}
+            if len(families) > 1:
+                raise ValueError(f"strays need histories of tasks of one family; these are of {', '.join(families)}")
 
     def sample(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw `n` windows of length `L = episodes * horizon`.

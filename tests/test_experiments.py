@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from adbook import checkpoints, experiments, results, vectors
+from adbook.__main__ import main
 from adbook.checkpoints import publish, published_policy, train_on_gpu, trained_policy
 from adbook.experiments import AGENTS, PROFILES, as_agent, evaluate, profile, references, source_histories
 from adbook.policy import ADPolicy
@@ -61,6 +62,8 @@ def test_a_policy_can_take_every_action_of_its_family(family):
         ({"n_tasks": 129}, "n_tasks=129 must be from 1 to 128"),
         ({"n_test": 0}, "n_test=0 must be a whole number of at least 1"),
         ({"head": "mle"}, "'mle'.*gaussian, mse"),
+        ({"return_to_go": "no"}, "return_to_go='no' must be True or False"),
+        ({"source_seeds": 3}, "source_seeds=3 must be different seeds"),
         ({"window": WindowConfig(episodes=20, every=6)}, "20 episodes, one in 6, exceeds a history of 50 episodes"),
         ({"source": PPOConfig(steps=1600)}, "exceeds a history of 2 episodes; lower episodes or every, or raise"),
     ],
@@ -90,8 +93,6 @@ def test_histories_can_be_thinned_out(runs):
     assert checkpoints._training_hash(settings) != checkpoints._training_hash(thin)
     with pytest.raises(ValueError, match=r"one in 2, exceeds a history of 3 episodes"):
         replace(settings, kept=3)
-    with pytest.raises(ValueError, match=r"26 episodes exceeds a history of 25 episodes"):  # one in two of 50
-        replace(profile(), kept=49, window=WindowConfig(26, None))
     with pytest.raises(ValueError, match="unknown split 'tests'"):
         source_histories(settings, "tests")
 
@@ -283,3 +284,13 @@ def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, 
     path.write_text("{")
     with pytest.raises(ValueError, match=r"reacher-goal-smoke\.json is damaged .*make it again"):
         results.load_result("reacher-goal-smoke", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--agents", "transformer"], "lack mamba"), (["--seeds", "0", "0"], r"must be different whole numbers")],
+)
+def test_results_are_refused_before_any_training(arguments, message, runs, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "publish", None)  # would be called
+    assert main(["results", "--profile", "smoke", *arguments]) == 2
+    assert message in capsys.readouterr().err

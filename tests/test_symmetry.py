@@ -82,9 +82,11 @@ def test_no_image_of_a_training_task_is_a_test_task():
 def test_only_the_ant_is_turned():
     """Another family's history is refused, and so is a profile that asks for it."""
     history, *_ = recorded(0.7, steps=3)
-    for wrong in ({"turns": 4}, {"turns": 1.0}, {"turns": 1, "mirrored": 2}):
-        with pytest.raises(ValueError, match="must be 0 to 3, and mirrored="):
-            image(history, **wrong)
+    for wrong in (4, 1.0):
+        with pytest.raises(ValueError, match=f"turns={wrong} must be a whole number from 0 to 3"):
+            image(history, wrong)
+    with pytest.raises(ValueError, match="mirrored=2 must be True or False"):
+        image(history, 1, 2)
     other = replace(history, metadata=history.metadata | {"task": {"family": "reacher-goal", "goal": [0.1, 0.1]}})
     with pytest.raises(ValueError, match="only histories of ant-dir have images"):
         image(other, 1)

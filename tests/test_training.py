@@ -113,7 +113,15 @@ def mirrored_histories(policy, windows, config):
     return policy, Windows(mirrored, windows.config, horizon=3), config
 
 
-@pytest.mark.parametrize("change", [other_seed, other_model, other_histories, mirrored_histories])
+def histories_that_end_elsewhere(policy, windows, config):
+    elsewhere = [replace(h, next_observations=h.next_observations + 1) for h in windows.histories]  # pays for strays
+    return policy, Windows(elsewhere, windows.config, horizon=3), config
+
+
+CHANGES = other_seed, other_model, other_histories, mirrored_histories, histories_that_end_elsewhere
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_of_something_else_is_refused_and_left_alone(change, tmp_path):
     checkpoint = tmp_path / "state.safetensors"
     train(make_policy(), make_windows(), SHORT, checkpoint=checkpoint, progress=False)

@@ -109,11 +109,12 @@ def test_strays_are_of_any_history_paid_by_the_windows_own_and_not_imitated():
 
 
 def test_strays_need_tasks_of_one_family():
-    with pytest.raises(ValueError, match="strays need histories of tasks of one family"):
-        Windows([make_history()], WindowConfig(3, 4, strays=0.1), 3)
-    aimless = replace(make_history(), metadata={"task": {"family": "reacher-goal"}})
-    with pytest.raises(ValueError, match="strays need histories of tasks of one family"):
-        Windows([aimless], WindowConfig(3, 4, strays=0.1), 3)
+    for metadata in ({}, {"task": {"family": "reacher-goal"}}):
+        with pytest.raises(ValueError, match="strays need histories whose metadata name the task"):
+            Windows([replace(make_history(), metadata=metadata)], WindowConfig(3, 4, strays=0.1), 3)
+    two = [replace(make_history(), metadata={"task": {"family": name, "goal": [0.1]}}) for name in ("one", "other")]
+    with pytest.raises(ValueError, match="strays need histories of tasks of one family; these are of"):
+        Windows(two, WindowConfig(3, 4, strays=0.1), 3)
     for wrong in (-0.1, 1.0, math.nan, "high"):
         with pytest.raises(ValueError, match=r"strays=.* must be a number from 0 to below 1"):
             WindowConfig(strays=wrong)
