@@ -63,7 +63,7 @@ class TrainingConfig:
             or len(self.betas) != 2
             or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
         ):
-            raise ValueError(f"betas={self.betas!r} must be two numbers, both be at least 0 and less than 1")
+            raise ValueError(f"betas={self.betas!r} must be two numbers of at least 0 and less than 1")
 
     def rate(self, update: int) -> float:
         """Learning rate of an update."""
