@@ -94,15 +94,17 @@ def results(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.checkpoints import write_card
     from adbook.files import check_writable
-    from adbook.results import check_agents, check_seeds, in_context, save_result
+    from adbook.results import check_agents, check_replaces, check_seeds, in_context, save_result
 
+    name = f"{options.family}-{options.profile}"
     check_seeds(options.seeds)
     check_agents(options.agents)
+    check_replaces(name, options.seeds, options.agents)
     check_writable(experiments.RESULTS)
     train(options)
     settings = experiments.profile(options.profile, options.family)
     result = in_context(settings, options.seeds, options.agents)
-    print(save_result(f"{options.family}-{options.profile}", result))
+    print(save_result(name, result))
     for agent, seed in product(options.agents, options.seeds):
         print(write_card(replace(experiments.as_agent(settings, agent), seed=seed), result))
 

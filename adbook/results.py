@@ -226,6 +226,19 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers from 0 to below 2**63, one or more")
 
 
+def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str]) -> None:
+    """Raise ValueError if `artifacts/results/name.json` holds agents or seeds that one in its place would lack."""
+    try:
+        there = load_result(name, experiments.RESULTS)
+    except (FileNotFoundError, ValueError):  # none, or one that is damaged and to be made again
+        return
+    lost = [agent for agent in there["weights"] if agent not in agents]
+    lost += [f"seed {seed}" for seed in there["seeds"] if seed not in seeds]
+    if lost:
+        path = experiments.RESULTS / f"{name}.json"
+        raise ValueError(f"{path} would lose {', '.join(lost)}; name them too, or move the file away first")
+
+
 def _untrained(settings: Profile, trained: ADPolicy) -> ADPolicy:
     """Return the network as it was before training, with the trained one's normalisation."""
     torch.manual_seed(settings.seed)

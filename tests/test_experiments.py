@@ -288,9 +288,15 @@ def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--agents", "transformer"], "lack mamba"), (["--seeds", "0", "0"], r"must be different whole numbers")],
+    [
+        (["--agents", "transformer"], "lack mamba"),
+        (["--seeds", "0", "0"], "must be different whole numbers"),
+        (["--agents", "mamba", "--seeds", "0", "1"], "would lose transformer, seed 4; name them too"),
+    ],
 )
 def test_results_are_refused_before_any_training(arguments, message, runs, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "publish", None)  # would be called
+    monkeypatch.setattr(experiments, "RESULTS", runs)
+    results.save_result("reacher-goal-smoke", {"seeds": [0, 4], "weights": {"mamba": 1, "transformer": 1}}, runs)
     assert main(["results", "--profile", "smoke", *arguments]) == 2
     assert message in capsys.readouterr().err
