@@ -109,6 +109,22 @@ def results(options: argparse.Namespace) -> None:
         print(write_card(replace(experiments.as_agent(settings, agent), seed=seed), result))
 
 
+def baselines(options: argparse.Namespace) -> None:
+    """Meta-train MACAW and MQL, play them on held-out tasks, write the numbers; keep the first seed's networks."""
+    from adbook import experiments
+    from adbook.baselines.runs import baselines, publish
+    from adbook.files import check_writable
+    from adbook.results import check_seeds, save_result
+
+    check_seeds(options.seeds)
+    check_writable(experiments.RESULTS)
+    settings = experiments.profile(options.profile, options.family)
+    result = baselines(settings, options.seeds)
+    print(save_result(f"baselines-{options.family}-{options.profile}", result))
+    for path in publish(replace(settings, seed=options.seeds[0])):
+        print(path)
+
+
 def trial(options: argparse.Namespace) -> None:
     """Train one policy with some settings changed, measure it on fresh tasks, and note it among what was tried."""
     from adbook import experiments, metrics
@@ -173,13 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
     command.add_argument("--output", type=Path, help="folder for the built book (default: _build)")
     command.set_defaults(run=book)
-    for run in (train, results, ablations):
+    for run in (train, results, ablations, baselines):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.add_argument("--profile", default="laptop", help="smoke, laptop (the default) or paper")
         command.add_argument("--family", default="reacher-goal", help="a task family")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
         command.set_defaults(run=run)
-        if run is not ablations:
+        if run in (train, results):
             agents = ["mamba", "transformer", "decision-transformer"]
             command.add_argument("--agents", nargs="+", default=agents, help="agents (default: all)")
         if run is ablations:

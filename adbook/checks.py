@@ -1,7 +1,7 @@
 """Checks of what a caller names or sets, with errors that help."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 
@@ -24,3 +24,11 @@ def is_number(value: object) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (
         isinstance(value, float) and math.isfinite(value)
     )
+
+
+def check_positive(settings: object, names: Sequence[str]) -> None:
+    """Raise ValueError if an attribute is not a positive finite number."""
+    for name in names:
+        value = getattr(settings, name)
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"{name}={value!r} must be a positive number")

@@ -260,10 +260,10 @@ def source_histories(settings: Profile, split: str = "train", *, progress: bool 
     generation.record(settings.family, tasks, settings.source, **where, progress=progress)
     print(f"{split} histories: recorded {missing} source runs, loaded {len(paths) - missing}")
     histories = (history for path in paths for history in read_histories(path))
-    return _shown(settings, histories) if split == "train" else list(histories)
+    return shown(settings, histories) if split == "train" else list(histories)
 
 
-def _shown(settings: Profile, histories: Iterable[LearningHistory]) -> list[LearningHistory]:
+def shown(settings: Profile, histories: Iterable[LearningHistory]) -> list[LearningHistory]:
     """What training is shown of the histories of its tasks: a part of each, or more than they were."""
     if settings.kept is not None:
         histories = (thinned(history, settings.kept) for history in histories)

@@ -4,7 +4,6 @@ It is what a network that has to find the goal out can at best hope to match, an
 are judged. Nothing else in the book ever sees a goal.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,22 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adbook.files import write_whole
 from adbook.sources import PPOConfig, learn
+from adbook.stored import load_module, save_module
 from adbook.tasks import Task, TaskFamily
 from adbook.tasks import family as task_family
 from adbook.vectors import TaskVector
 
 FOLDER = Path(__file__).resolve().parents[1] / "artifacts" / "oracles"
-SCHEMA = 1  # of the file format below
-_KIND = "adbook.Oracle"
 
 
 class Oracle(nn.Module):
@@ -97,8 +92,7 @@ class Oracle(nn.Module):
     def save(self, path: str | os.PathLike) -> Path:
         """Write one safetensors file."""
         about = {"family": self.family, "hidden": self.hidden, "about": self.about}
-        header = {"kind": _KIND, "schema": str(SCHEMA), "json": json.dumps(about)}
-        return write_whole(path, lambda file: file.write_bytes(save(self.state_dict(), header)))
+        return save_module(path, self, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Oracle":
@@ -113,20 +107,13 @@ class Oracle(nn.Module):
             there = ", ".join(sorted(p.stem for p in FOLDER.glob("*.safetensors"))) or "none"
             told = f"no oracle at {file} (committed: {there})"
             raise FileNotFoundError(f"{told}; train one with python -m adbook oracle --family FAMILY")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                header = opened.metadata() or {}
-                if (header.get("kind"), header.get("schema")) != (_KIND, str(SCHEMA)):
-                    kind = f"{header.get('kind')} of schema {header.get('schema')}"
-                    raise ValueError(f"{file} holds {kind}, not {_KIND} of schema {SCHEMA}; train it again")
-                described = json.loads(header["json"])
-                oracle = cls(described["family"], described["hidden"])
-                oracle.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-                oracle.about = described["about"]
-        # RuntimeError: a tensor that is missing or of another shape
-        except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is damaged or not an oracle ({error!r}); train it again") from error
-        return oracle.eval()
+
+        def make(described: dict[str, Any]) -> Oracle:
+            oracle = cls(described["family"], described["hidden"])
+            oracle.about = described["about"]
+            return oracle
+
+        return load_module(file, cls, make)
 
 
 def goal_features(tasks: Sequence[Task]) -> np.ndarray:

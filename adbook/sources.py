@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from adbook.checks import check_whole, is_number
+from adbook.checks import check_positive, check_whole, is_number
 from adbook.droq import DroQ
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import Stream, TaskVector
@@ -101,8 +101,7 @@ class SACConfig:
     def __post_init__(self):
         """Refuse settings that cannot run."""
         _check(self, at_least_1=("steps", "n_envs", "streams", "updates", "batch_size"), shares=("gamma", "tau"))
-        if not is_number(self.temperature) or self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature!r} must be a positive number")
+        check_positive(self, ("temperature",))
         if type(self.learning_starts) is not int or not 0 <= self.learning_starts < self.steps:
             raise ValueError(f"learning_starts={self.learning_starts!r} must be from 0 to below steps={self.steps}")
 
@@ -170,8 +169,7 @@ def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple
     for name in shares:
         if not is_number(getattr(config, name)) or not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)!r} must be from 0 to 1")
-    if not is_number(config.learning_rate) or config.learning_rate <= 0:
-        raise ValueError(f"learning_rate={config.learning_rate!r} must be a positive number")
+    check_positive(config, ("learning_rate",))
     if config.streams > config.n_envs:
         raise ValueError(f"streams={config.streams} exceeds n_envs={config.n_envs}; record at most every environment")
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adbook.checks import check_whole, is_number
+from adbook.checks import check_positive, check_whole, is_number
 from adbook.files import content_hash, write_whole
 from adbook.policy import ADPolicy
 from adbook.windows import Windows
@@ -52,9 +52,7 @@ class TrainingConfig:
             check_whole(name, getattr(self, name), 0)
         if not self.warmup < self.updates:
             raise ValueError(f"warmup={self.warmup} must be less than updates={self.updates}")
-        for name in ("learning_rate", "clip"):
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
+        check_positive(self, ("learning_rate", "clip"))
         for name in ("weight_decay", "observation_noise"):
             if not is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0")

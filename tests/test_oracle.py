@@ -91,11 +91,11 @@ def test_mistakes_are_told(tmp_path):
         Oracle.load(tmp_path / "nowhere.safetensors")
     path = oracle.save(tmp_path / "o.safetensors")
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"o\.safetensors is damaged or not an oracle"):
+    with pytest.raises(ValueError, match=r"o\.safetensors is damaged or not of adbook.Oracle"):
         Oracle.load(path)
     for described in ("{", "null", '{"family": "reacher-goal"}'):
         save_file({"w": np.zeros(2)}, path, metadata={"kind": "adbook.Oracle", "schema": "1", "json": described})
-        with pytest.raises(ValueError, match=r"o\.safetensors is damaged or not an oracle"):
+        with pytest.raises(ValueError, match=r"o\.safetensors is damaged or not of adbook.Oracle"):
             Oracle.load(path)
     save_file({"w": np.zeros(2)}, path, metadata={"kind": "adbook.Rollout", "schema": "1"})
     with pytest.raises(ValueError, match=r"o\.safetensors holds adbook.Rollout of schema 1, not adbook.Oracle"):

@@ -1,0 +1,304 @@
+"""MACAW, offline meta-reinforcement learning by advantage-weighted regression (Mitchell et al., arXiv 2008.06043).
+
+Nothing is learned in context here: at a new task one gradient step changes the weights. What is meta-trained, from
+learning histories, is where that step starts and how long it is.
+
+| symbol     | what it is                                                                        | in the paper |
+|------------|-----------------------------------------------------------------------------------|--------------|
+| ``V``      | value network: from observation and step the return that is still to come         | φ            |
+| ``policy`` | mean of a Gaussian over actions, and a head that guesses the advantage of any one | θ            |
+| ``R``      | Monte-Carlo return, discounted, in units of its standard deviation                | R            |
+| ``T``      | temperature of the weights exp((R − V) / T)                                       | T            |
+
+Two things are not in the paper's formulas. Returns end with the episode, so V is told the step; else half of Ant-Dir's
+"advantage" would be the clock. And advantages are standardised in each batch before they become weights, as in the
+authors' own experiments: T then means the same on every family.
+
+Symbols of shapes: ``n`` tasks, ``B`` transitions, ``O`` observation size, ``A`` action size.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.signal import lfilter
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
+
+from adbook.checks import check_positive, check_whole
+from adbook.histories import LearningHistory
+from adbook.stored import load_module, save_module
+
+Layers = list[tuple[Tensor, Tensor]]  # of each layer weight (…, out, in) and bias (…, out)
+
+
+@dataclass(frozen=True)
+class MACAWConfig:
+    """Shape and meta-training of MACAW; defaults are the published ones where those are known."""
+
+    observation_size: int
+    action_size: int
+    action_scale: float = 1.0
+    hidden: tuple[int, ...] = (100, 100, 100)
+    latent: int = 32  # numbers that each layer's weights are generated from
+    std: float = 0.2  # of the actions, in units of action_scale
+    discount: float = 0.99
+    temperature: float = 1.0
+    max_weight: float = 20.0  # of a transition in the regression
+    advantage: float = 0.01  # weight of the advantage head's loss, in the inner loop only
+    batch: int = 256  # transitions of an inner step; as many others measure it in the outer loop
+    tasks: int = 5  # of an update
+    updates: int = 20_000
+    learning_rate: float = 1e-4
+    inner_rate: float = 1e-2  # where the learned rates of the inner step start
+    rate_learning_rate: float = 1e-3  # at which their logarithms are learned
+    seed: int = 0
+
+    def __post_init__(self):
+        """Refuse settings that cannot run, ValueError."""
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON knows lists only
+        for name in ("observation_size", "action_size", "latent", "batch", "tasks", "updates"):
+            check_whole(name, getattr(self, name))
+        check_whole("seed", self.seed, 0)
+        check_positive(self, ("action_scale", "std", "temperature", "max_weight", "learning_rate", "inner_rate"))
+
+
+class Transitions(NamedTuple):
+    """Steps in any order; a leading axis of tasks may come before."""
+
+    observations: Tensor  # (B, O)
+    actions: Tensor  # (B, A)
+    returns: Tensor  # (B,), discounted, from that step to the end of its episode
+    steps: Tensor  # (B,), how many came before in the episode
+
+
+def returns_to_come(rewards: np.ndarray, discount: float) -> np.ndarray:
+    """Discounted return from each step of one episode to its end, (T,) float64."""
+    return lfilter([1.0], [1.0, -discount], rewards[::-1].astype(np.float64))[::-1]
+
+
+def transitions(histories: Sequence[LearningHistory], discount: float) -> Transitions:
+    """Join the steps of histories, of one task, in their order."""
+    returns = [returns_to_come(h.rewards[e], discount) for h in histories for e in h.episodes]
+    steps = [np.arange(e.stop - e.start) for h in histories for e in h.episodes]
+    joined = (np.concatenate([getattr(h, name) for h in histories]) for name in ("observations", "actions"))
+    arrays = (*joined, np.concatenate(returns), np.concatenate(steps))
+    return Transitions(*(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in arrays))
+
+
+def mlp(layers: Layers, x: Tensor) -> Tensor:
+    """Apply layers with ReLU in between to (…, B, in)."""
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight.mT + bias.unsqueeze(-2)
+        if i < len(layers) - 1:
+            x = x.relu()
+    return x
+
+
+class GeneratedMLP(nn.Module):
+    """Layers whose weights are a linear function of a latent vector (the paper's weight transform).
+
+    A gradient step on generator and latent changes a weight matrix by more than the outer product of one batch.
+    """
+
+    def __init__(self, widths: Sequence[int], latent: int, generator: torch.Generator):
+        """Draw weights so that the generated ones have a variance of 1 / (3 in), as those of `nn.Linear`."""
+        super().__init__()
+        self.widths = tuple(widths)
+        self.latents, self.generators = nn.ParameterList(), nn.ParameterList()
+        for inputs, outputs in pairwise(self.widths):
+            self.latents.append(torch.randn(latent, generator=generator))
+            drawn = torch.randn(outputs * (inputs + 1), latent, generator=generator)
+            self.generators.append(drawn / math.sqrt(3 * inputs * latent))
+
+    def forward(self) -> Layers:
+        """Generate the layers."""
+        flat = (g @ z for g, z in zip(self.generators, self.latents, strict=True))
+        both = (x.view(b, a + 1) for x, (a, b) in zip(flat, pairwise(self.widths), strict=True))
+        return [(weight[:, :-1], weight[:, -1]) for weight in both]
+
+
+class PolicyLayers(NamedTuple):
+    """The generated layers of a policy."""
+
+    body: Layers  # O → hidden, without the last ReLU
+    mean: Layers  # hidden → A
+    advantage: Layers  # hidden and A → 1
+
+
+class _Policy(nn.Module):
+    def __init__(self, config: MACAWConfig, generator: torch.Generator):
+        super().__init__()
+        last = config.hidden[-1]
+        drawn = {"latent": config.latent, "generator": generator}
+        self.body = GeneratedMLP((config.observation_size, *config.hidden), **drawn)
+        self.mean = GeneratedMLP((last, config.action_size), **drawn)
+        self.advantage = GeneratedMLP((last + config.action_size, last, 1), **drawn)
+
+    def forward(self) -> PolicyLayers:
+        return PolicyLayers(self.body(), self.mean(), self.advantage())
+
+
+class MACAW(nn.Module):
+    """Both networks, where their inner step starts, and its learned rates, one for each parameter tensor."""
+
+    def __init__(self, config: MACAWConfig):
+        """Weights are drawn from `config.seed`."""
+        super().__init__()
+        self.config, self.about = config, {}
+        generator = torch.Generator().manual_seed(config.seed)
+        self.value = GeneratedMLP((config.observation_size + 1, *config.hidden, 1), config.latent, generator)
+        self.policy = _Policy(config, generator)
+        for name in ("value", "policy"):
+            count = len(list(getattr(self, name).parameters()))
+            self.register_parameter(f"{name}_rates", nn.Parameter(torch.full((count,), math.log(config.inner_rate))))
+        self.register_buffer("mean", torch.zeros(config.observation_size))
+        self.register_buffer("scale", torch.ones(config.observation_size))
+        for name in ("return", "step"):
+            self.register_buffer(f"{name}_mean", torch.zeros(()))
+            self.register_buffer(f"{name}_scale", torch.ones(()))
+
+    def set_statistics(self, tasks: Sequence[Transitions]) -> None:
+        """Set the normalisation of observations and returns from the training tasks."""
+        observations = torch.cat([task.observations for task in tasks])
+        self.mean.copy_(observations.mean(0))
+        self.scale.copy_(observations.std(0).clamp_min(1e-3))
+        for name in ("return", "step"):
+            values = torch.cat([getattr(task, f"{name}s") for task in tasks])
+            getattr(self, f"{name}_mean").copy_(values.mean())
+            getattr(self, f"{name}_scale").copy_(values.std().clamp_min(1e-3))
+
+    def normalised(self, batch: Transitions) -> Transitions:
+        """Observations, returns and steps in units of their spread, actions in units of the largest."""
+        observations = self.normalised_observations(batch.observations)
+        returns = (batch.returns - self.return_mean) / self.return_scale
+        steps = (batch.steps - self.step_mean) / self.step_scale
+        return Transitions(observations, batch.actions / self.config.action_scale, returns, steps)
+
+    def normalised_observations(self, observations: Tensor) -> Tensor:
+        """Observations (…, O) in units of their spread."""
+        return ((observations - self.mean) / self.scale).clamp(-10, 10)
+
+    def adapted(self, batch: Transitions) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Make the inner step on one task's normalised batch: parameters of value and policy after it."""
+        value, policy = dict(self.value.named_parameters()), dict(self.policy.named_parameters())
+        value = stepped(value, grad(lambda p: self.value_loss(p, batch))(value), self.value_rates)
+        advantages = self.advantages(value, batch).detach()
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            regression, guess = self.policy_losses(parameters, advantages, batch)
+            return regression + self.config.advantage * guess
+
+        return value, stepped(policy, grad(loss)(policy), self.policy_rates)
+
+    def value_loss(self, parameters: dict[str, Tensor], batch: Transitions) -> Tensor:
+        """Mean squared error of the returns."""
+        return self.advantages(parameters, batch).square().mean()
+
+    def advantages(self, parameters: dict[str, Tensor], batch: Transitions) -> Tensor:
+        """R − V, (B,)."""
+        seen = torch.cat((batch.observations, batch.steps.unsqueeze(-1)), -1)
+        return batch.returns - mlp(functional_call(self.value, parameters, ()), seen).squeeze(-1)
+
+    def policy_losses(
+        self, parameters: dict[str, Tensor], advantages: Tensor, batch: Transitions
+    ) -> tuple[Tensor, Tensor]:
+        """Advantage-weighted regression, and the squared error of the guessed advantages."""
+        layers = functional_call(self.policy, parameters, ())
+        features = mlp(layers.body, batch.observations).relu()
+        deviations = (batch.actions - mlp(layers.mean, features).tanh()) / self.config.std
+        standard = (advantages - advantages.mean()) / advantages.std().clamp_min(1e-6)
+        weights = (standard / self.config.temperature).exp().clamp(max=self.config.max_weight)
+        guessed = mlp(layers.advantage, torch.cat((features, batch.actions), -1)).squeeze(-1)
+        return (weights * deviations.square().sum(-1) / 2).mean(), (guessed - advantages).square().mean()
+
+    def outer_losses(self, inner: Transitions, outer: Transitions) -> tuple[Tensor, Tensor]:
+        """Losses of value and policy on one task's other batch, after the inner step on the first."""
+        value, policy = self.adapted(inner)
+        advantages = self.advantages(value, outer)
+        return advantages.square().mean(), self.policy_losses(policy, advantages.detach(), outer)[0]
+
+    def save(self, path: str | os.PathLike, about: dict[str, Any], *, half: bool = False) -> Path:
+        """Write one safetensors file; `half` keeps the weights in 16 bits."""
+        names = [name for name, _ in self.named_parameters()] if half else []
+        return save_module(path, self, {"config": asdict(self.config), "about": about}, half=names)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "MACAW":
+        """Read what `save` wrote; what it was told is its attribute `about`.
+
+        Raises:
+            ValueError: the file is damaged or holds something else.
+        """
+
+        def make(described: dict[str, Any]) -> MACAW:
+            macaw = cls(MACAWConfig(**described["config"]))
+            macaw.about = described["about"]
+            return macaw
+
+        return load_module(Path(path), cls, make)
+
+
+def stepped(parameters: dict[str, Tensor], gradients: dict[str, Tensor], rates: Tensor) -> dict[str, Tensor]:
+    """One gradient step, each tensor at its own rate; `rates` are logarithms, in the order of `parameters`."""
+    pairs = zip(parameters.items(), rates.exp(), strict=True)
+    return {name: value - rate * gradients[name] for (name, value), rate in pairs}
+
+
+def meta_train(macaw: MACAW, tasks: Sequence[Transitions], *, progress: bool = True) -> np.ndarray:
+    """Meta-train on the transitions of training tasks, (updates, 2): the outer losses of value and policy.
+
+    An update draws tasks, and of each an inner and an outer batch that do not overlap. The value network learns from
+    its own outer loss alone, the policy from its own.
+
+    Raises:
+        ValueError: a task with fewer transitions than two batches.
+        FloatingPointError: a loss stopped being finite.
+    """
+    config = macaw.config
+    few = [i for i, task in enumerate(tasks) if len(task.returns) < 2 * config.batch]
+    if few or not tasks:
+        told = f"tasks {few} have fewer transitions" if few else "there is no task"
+        raise ValueError(f"{told}; each needs 2 * batch = {2 * config.batch}: give more histories, or lower batch")
+    macaw.set_statistics(tasks)
+    ready = [macaw.normalised(task) for task in tasks]
+    networks, rates = [*macaw.value.parameters(), *macaw.policy.parameters()], [macaw.value_rates, macaw.policy_rates]
+    groups = [(networks, config.learning_rate), (rates, config.rate_learning_rate)]
+    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in groups])
+    rng, losses = np.random.default_rng(config.seed), np.zeros((config.updates, 2))
+    for update in tqdm(range(config.updates), unit="update", disable=not progress):
+        value, policy = (loss.mean() for loss in vmap(macaw.outer_losses)(*_batches(ready, config, rng)))
+        losses[update] = value.item(), policy.item()
+        if not np.isfinite(losses[update]).all():
+            raise FloatingPointError(f"losses are {losses[update]} at update {update}; lower learning_rate")
+        optimizer.zero_grad()
+        (value + policy).backward()  # each reaches its own network and rates alone
+        optimizer.step()
+    return losses
+
+
+def _batches(
+    tasks: Sequence[Transitions], config: MACAWConfig, rng: np.random.Generator
+) -> tuple[Transitions, Transitions]:
+    """Inner and outer batch of some tasks, (tasks, B, …) each.
+
+    The inner one is a stretch of a history, one stage of learning, as a batch that an agent collects itself would be.
+    """
+    chosen = rng.choice(len(tasks), min(config.tasks, len(tasks)), replace=False)
+    drawn = []
+    for task in (tasks[i] for i in chosen):
+        start = rng.integers(len(task.returns) - config.batch + 1)
+        others = np.delete(np.arange(len(task.returns)), np.s_[start : start + config.batch])
+        rows = np.concatenate((np.arange(start, start + config.batch), rng.choice(others, config.batch, replace=False)))
+        drawn.append(Transitions(*(x[torch.from_numpy(rows)] for x in task)))
+    both = Transitions(*(torch.stack(x) for x in zip(*drawn, strict=True)))  # (tasks, 2 B, …)
+    halves = slice(config.batch), slice(config.batch, None)
+    inner, outer = (Transitions(*(x[:, half] for x in both)) for half in halves)
+    return inner, outer

@@ -1,0 +1,266 @@
+"""MACAW piece by piece: returns, weights, generated layers, inner step, outer gradient, and adaptation at play."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+import adbook
+from adbook.baselines import macaw
+from adbook.baselines.macaw import MACAW, GeneratedMLP, MACAWConfig, Transitions
+from adbook.baselines.macaw_adaptation import AdaptingMACAW
+
+TINY = MACAWConfig(3, 2, hidden=(5, 4), latent=3, batch=6, tasks=2, updates=2)
+
+
+@pytest.fixture
+def model():
+    return MACAW(TINY).double()
+
+
+@pytest.fixture
+def batch():
+    return some(8, torch.Generator().manual_seed(1))
+
+
+def some(n, generator):
+    sizes = (n, TINY.observation_size), (n, TINY.action_size), (n,), (n,)
+    drawn = (torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes)
+    return Transitions(*(x.tanh() for x in drawn))
+
+
+def test_returns_are_discounted_from_each_step_to_the_end():
+    np.testing.assert_allclose(macaw.returns_to_come(np.array([1.0, 2.0, 4.0]), 0.5), [3.0, 4.0, 4.0])
+
+
+def test_transitions_start_anew_with_every_episode():
+    history = adbook.load_histories("reacher-goal", split="test")[0]
+    seen = macaw.transitions([history, history], 1.0)
+    starts = [e.start for e in history.episodes]
+    np.testing.assert_allclose(seen.returns[starts], history.episode_returns, rtol=1e-4)
+    np.testing.assert_array_equal(seen.steps[:51], [*range(50), 0])
+    assert len(seen.returns) == 2 * len(history.rewards)
+
+
+def test_losses_of_the_policy_by_hand(batch):
+    """Two transitions, standardised to ±√½: weights e^-√½, and e^√½ = 2.03, clipped at 1.5."""
+    model = MACAW(replace(TINY, max_weight=1.5)).double()
+    two = Transitions(*(x[:2] for x in batch))
+    advantages = torch.tensor([0.5, 9.0], dtype=torch.float64)
+    layers = model.policy()
+    features = macaw.mlp(layers.body, two.observations).relu()
+    errors = two.actions - macaw.mlp(layers.mean, features).tanh()
+    guessed = macaw.mlp(layers.advantage, torch.cat((features, two.actions), 1))
+    regression, guess = model.policy_losses(dict(model.policy.named_parameters()), advantages, two)
+    squares = (errors**2).sum(1) / (2 * 0.2**2)
+    torch.testing.assert_close(regression, (math.exp(-math.sqrt(0.5)) * squares[0] + 1.5 * squares[1]) / 2)
+    torch.testing.assert_close(guess, ((guessed[0, 0] - 0.5) ** 2 + (guessed[1, 0] - 9) ** 2) / 2)
+
+
+def test_generated_layers_are_linear_in_latent_and_generator_and_start_as_linear_layers_do():
+    net = GeneratedMLP((300, 200), latent=32, generator=torch.Generator().manual_seed(0))
+    ((weight, bias),) = net()
+    assert weight.shape == (200, 300)
+    assert weight.var().item() == pytest.approx(1 / (3 * 300), rel=0.5)  # of 32 latent numbers, whose spread is 25 %
+    given = torch.randn(4, 300)
+    torch.testing.assert_close(macaw.mlp(net(), given), given @ weight.T + bias)
+    small = GeneratedMLP((3, 2), latent=4, generator=torch.Generator().manual_seed(0)).double()
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    names = [name for name, _ in small.named_parameters()]
+
+    def outputs(*values):
+        return macaw.mlp(functional_call(small, dict(zip(names, values, strict=True)), ()), inputs)
+
+    assert torch.autograd.gradcheck(outputs, tuple(small.parameters()))
+
+
+def test_a_step_on_generator_and_latent_changes_weights_by_more_than_rank_one():
+    """One transition changes an ordinary weight matrix by an outer product, a generated one in more directions."""
+    net = GeneratedMLP((6, 6), latent=6, generator=torch.Generator().manual_seed(0)).double()
+    ((before, _),) = net()
+    macaw.mlp(net(), torch.randn(1, 6, dtype=torch.float64)).square().sum().backward()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter -= 0.1 * parameter.grad
+    ((after, _),) = net()
+    assert torch.linalg.matrix_rank(after - before, rtol=1e-6) > 1
+
+
+def test_the_inner_step_goes_down_the_numerical_gradient(model, batch):
+    value, policy = model.adapted(batch)
+    advantages = model.advantages(value, batch).detach()
+
+    def inner_loss(parameters):
+        regression, guess = model.policy_losses(parameters, advantages, batch)
+        return regression + TINY.advantage * guess
+
+    losses = (model.value, value, lambda p: model.value_loss(p, batch)), (model.policy, policy, inner_loss)
+    for net, adapted, loss in losses:
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+        for name, p in parameters.items():
+            for at in ((0,) * p.ndim, (-1,) * p.ndim):
+                slope = numerical(lambda x, n=name, p0=parameters, f=loss: f(p0 | {n: x}).item(), p, at)
+                moved = (adapted[name] - p)[at].item()
+                assert moved == pytest.approx(-TINY.inner_rate * slope, rel=1e-5, abs=1e-9), name
+
+
+def numerical(function, point, at, h=1e-5):
+    """Central difference along one coordinate; its error is of order h²."""
+    step = torch.zeros_like(point)
+    step[at] = h
+    return (function(point + step) - function(point - step)) / (2 * h)
+
+
+def test_outer_gradients_pass_through_the_inner_step(model, batch):
+    """Second order: against finite differences of the outer losses, also by the learned rates; none crosses over."""
+    other = some(8, torch.Generator().manual_seed(2))
+    wanted = [(0, model.value.latents[0]), (0, model.value_rates), (1, model.policy.body.latents[0])]
+    wanted += [(1, model.policy.advantage.latents[0]), (1, model.policy_rates)]
+    for which, parameter in wanted:
+        losses = model.outer_losses(batch, other)
+        assert torch.autograd.grad(losses[1 - which], parameter, allow_unused=True, retain_graph=True)[0] is None
+        gradient = torch.autograd.grad(losses[which], parameter)[0]
+
+        def outer(x, which=which, parameter=parameter):
+            before = parameter.data
+            parameter.data = x
+            loss = model.outer_losses(batch, other)[which].item()
+            parameter.data = before
+            return loss
+
+        assert gradient[0].item() == pytest.approx(numerical(outer, parameter.detach(), (0,)), rel=1e-4, abs=1e-9)
+        assert gradient[0] != 0
+
+
+def test_inner_batches_are_stretches_and_outer_ones_are_drawn_from_the_rest_of_the_task():
+    numbers = [torch.arange(100.0 * i, 100 * i + 14) for i in range(3)]
+    tasks = [Transitions(x.unsqueeze(1), x.unsqueeze(1), x, x) for x in numbers]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        inner, outer = macaw._batches(tasks, TINY, rng)
+        for one, other in zip(inner.returns, outer.returns, strict=True):
+            np.testing.assert_array_equal(one, one[0] + torch.arange(6))
+            assert len({*one.tolist(), *other.tolist()}) == 12
+            assert len({x // 100 for x in (*one.tolist(), *other.tolist())}) == 1
+
+
+@pytest.fixture(scope="module")
+def opposite():
+    """Two tasks that want opposite actions: no policy suits both, an adapted one suits its own."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for sign in (-1, 1):
+        actions = torch.rand(400, 1, generator=generator) * 2 - 1
+        returns = -4 * (actions[:, 0] - 0.8 * sign).abs()
+        tasks.append(Transitions(torch.randn(400, 2, generator=generator), actions, returns, torch.zeros(400)))
+    trained = MACAW(MACAWConfig(2, 1, hidden=(32, 32), latent=8, batch=64, updates=200, learning_rate=3e-3))
+    return trained, tasks, macaw.meta_train(trained, tasks, progress=False)
+
+
+def test_meta_training_makes_one_step_enough(opposite):
+    trained, tasks, losses = opposite
+    assert losses[-20:, 1].mean() < 0.8 * losses[:20, 1].mean()
+    agent = AdaptingMACAW(trained, [Transitions(*(x[:64] for x in task)) for task in tasks])
+    actions, _ = agent.act(torch.zeros(2, 2), None, torch.ones(2, dtype=bool), agent.init_state(2), deterministic=True)
+    assert actions[0] < -0.4
+    assert actions[1] > 0.4
+
+
+def test_it_adapts_to_what_it_has_tried_itself(opposite):
+    """Steps of one transition each; the means alone would hold no other action to learn from, so it is noisy first."""
+    agent, generator = AdaptingMACAW(opposite[0]), torch.Generator().manual_seed(0)
+    state, reward, start = agent.init_state(2), None, torch.ones(2, dtype=bool)
+    taken = []
+    for _ in range(70):
+        action, state = agent.act(
+            torch.randn(2, 2, generator=generator), reward, start, state, deterministic=True, generator=generator
+        )
+        taken.append(action)
+        reward = -4 * (action[:, 0] - torch.tensor([-0.8, 0.8])).abs()
+    before, after = torch.stack(taken[:64]), torch.stack(taken[64:])
+    assert before.std(0).min() > 0.1
+    assert after[:, 1].mean() > before[:, 1].mean() + 0.1  # before the step both play what suits the first
+
+
+def test_meta_training_repeats_itself_and_follows_the_seed():
+    tasks = [Transitions(*(x.float() for x in some(20, torch.Generator().manual_seed(i)))) for i in range(3)]
+    first, again, other = (
+        macaw.meta_train(MACAW(replace(TINY, seed=seed)), tasks, progress=False) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_too_few_transitions_are_refused(batch):
+    with pytest.raises(ValueError, match=r"tasks \[0\] have fewer transitions; each needs 2 \* batch = 12"):
+        macaw.meta_train(MACAW(TINY), [batch], progress=False)
+
+
+def test_a_task_adapts_when_its_next_episode_starts_and_as_from_the_same_transitions():
+    """Episodes of 4 steps and of 7: with a batch of 6 the first task is due after 8 steps, the second after 7."""
+    agent = AdaptingMACAW(MACAW(replace(TINY, inner_rate=1.0)))
+    generator = torch.Generator().manual_seed(0)
+    state, reward, changes = agent.init_state(2), None, [[], []]
+    meta = state.each[0][0][0]
+    observations, rewards, actions = (
+        torch.randn(12, 2, 3, generator=generator),
+        torch.randn(12, 2, generator=generator),
+        [],
+    )
+    for t in range(12):
+        start = torch.tensor([t % 4 == 0, t % 7 == 0])
+        with torch.inference_mode():
+            action, state = agent.act(observations[t], reward, start, state, deterministic=True, generator=generator)
+        actions.append(action)
+        reward = rewards[t]
+        for i in range(2):
+            changes[i].append(not torch.equal(state.each[i][0][0], meta))
+    assert [row.index(True) for row in changes] == [8, 7]
+    returns = [macaw.returns_to_come(rewards[a : a + 4, 0].numpy(), TINY.discount) for a in (0, 4)]
+    numbers = torch.from_numpy(np.concatenate(returns)).float(), torch.arange(8).remainder(4).float()
+    seen = Transitions(observations[:8, 0], torch.stack(actions)[:8, 0], *numbers)
+    every = (Transitions(*(x[rows] for x in seen)) for rows in torch.combinations(torch.arange(8), 6))
+    found = flat(state.each[0])
+    errors = sorted((flat(agent._adapted(one)) - found).abs().max().item() for one in every)
+    assert errors[0] < 1e-6 * found.abs().max()
+    assert errors[1] > 10 * errors[0]  # from six of the eight, and no other six
+
+
+def flat(layers):
+    return torch.cat([x.flatten() for layer in layers for x in layer])
+
+
+def test_what_was_meta_trained_stays_as_it_is_when_it_is_played():
+    known = adbook.family("reacher-goal")
+    agent = AdaptingMACAW(MACAW(MACAWConfig(8, 2, hidden=(8,), latent=2, batch=60)))
+    before = {name: x.clone() for name, x in agent.state_dict().items()}
+    played = adbook.rollout(agent, known, known.train_tasks[:2], episodes=4)
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
+    assert np.isfinite(played.returns).all()
+    with pytest.raises(ValueError, match="2 tasks are played but 0 batches given"):
+        adbook.rollout(AdaptingMACAW(agent.macaw, []), known, known.train_tasks[:2], episodes=1)
+
+
+def test_it_survives_the_disk_in_half_precision(tmp_path):
+    meta = MACAW(TINY)
+    meta.return_mean.fill_(-123.456)
+    loaded = MACAW.load(meta.save(tmp_path / "m.safetensors", {"seed": 0}, half=True))
+    assert (loaded.config, loaded.about) == (TINY, {"seed": 0})
+    assert loaded.return_mean == meta.return_mean
+    for name, value in meta.named_parameters():
+        torch.testing.assert_close(dict(loaded.named_parameters())[name], value, rtol=1e-3, atol=1e-6)
+    (tmp_path / "m.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"m\.safetensors is damaged or not of adbook\.MACAW .*train it again"):
+        MACAW.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"latent": 0}, "latent=0 must be a whole"), ({"std": float("nan")}, "std=nan must be a positive number")],
+)
+def test_settings_that_cannot_run_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
