@@ -41,7 +41,10 @@ Layers = list[tuple[Tensor, Tensor]]  # of each layer weight (…, out, in) and 
 
 @dataclass(frozen=True)
 class MACAWConfig:
-    """Shape and meta-training of MACAW; defaults are the published ones where those are known."""
+    """Shape and meta-training of MACAW.
+
+    Widths, temperature, largest weight and batch are the published ones; latent size, rates and updates are ours.
+    """
 
     observation_size: int
     action_size: int
@@ -84,12 +87,17 @@ def returns_to_come(rewards: np.ndarray, discount: float) -> np.ndarray:
     return lfilter([1.0], [1.0, -discount], rewards[::-1].astype(np.float64))[::-1]
 
 
+def returns_and_steps(rewards: np.ndarray, episodes: Sequence[slice], discount: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns to come and number in its episode of each step of consecutive episodes, (T,) each."""
+    returns = [returns_to_come(rewards[e], discount) for e in episodes]
+    return np.concatenate(returns), np.concatenate([np.arange(len(r)) for r in returns])
+
+
 def transitions(histories: Sequence[LearningHistory], discount: float) -> Transitions:
     """Join the steps of histories, of one task, in their order."""
-    returns = [returns_to_come(h.rewards[e], discount) for h in histories for e in h.episodes]
-    steps = [np.arange(e.stop - e.start) for h in histories for e in h.episodes]
+    numbers = [returns_and_steps(h.rewards, h.episodes, discount) for h in histories]
     joined = (np.concatenate([getattr(h, name) for h in histories]) for name in ("observations", "actions"))
-    arrays = (*joined, np.concatenate(returns), np.concatenate(steps))
+    arrays = (*joined, *map(np.concatenate, zip(*numbers, strict=True)))
     return Transitions(*(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in arrays))
 
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adbook.baselines.macaw import MACAW, Layers, Transitions, mlp, returns_to_come
+from adbook.baselines.macaw import MACAW, Layers, Transitions, mlp, returns_and_steps
 from adbook.baselines.seen import Seen
 
 
@@ -75,9 +74,8 @@ class AdaptingMACAW(nn.Module):
         each = list(state.each)
         for i in due.nonzero().flatten().tolist():
             rewards, episodes = state.seen.rewards[i].numpy(), state.seen.episodes(i)
-            returns = np.concatenate([returns_to_come(rewards[e], self.config.discount) for e in episodes])
-            steps = np.concatenate([np.arange(e.stop - e.start) for e in episodes])
-            numbers = (torch.from_numpy(x).float() for x in (returns, steps))
+            numbers = map(torch.from_numpy, returns_and_steps(rewards, episodes, self.config.discount))
+            numbers = (x.float() for x in numbers)
             seen = Transitions(state.seen.observations[i], state.seen.actions[i], *numbers)
             rows = torch.randperm(state.seen.steps, generator=generator)[: self.config.batch]
             each[i] = self._adapted(Transitions(*(x[rows] for x in seen)))
