@@ -1,17 +1,22 @@
-"""Networks other than `ADPolicy` on disk: one safetensors file each, with what they are in its header."""
+"""Networks other than `ADPolicy`, and trainings that may be interrupted, on disk.
+
+Each is one safetensors file, with what it is in its header.
+"""
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from adbook.files import write_whole
 
+_TRAINING = "adbook.training"
 SCHEMA = 1  # of the file format; raise it when a stored field changes meaning or shape
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,6 +62,67 @@ def load_module(path: Path, kind: type[Module], make: Callable[[dict[str, Any]],
         told = f"{path} is damaged or not of {_kind(kind)} ({error!r}); train it again"
         raise ValueError(told) from error
     return module.eval()
+
+
+def save_training(
+    path: str | os.PathLike, module: nn.Module, optimizers: Sequence[Optimizer], identity: str, log: dict[str, Any]
+) -> None:
+    """Write what a training needs to go on.
+
+    Args:
+        path: of the file.
+        module: all that is trained.
+        optimizers: of its parameters.
+        identity: tells this training from every other.
+        log: anything JSON can hold.
+    """
+    tensors = {f"policy/{name}": value.contiguous() for name, value in module.state_dict().items()}
+    for prefix, optimizer in zip(_prefixes(optimizers), optimizers, strict=True):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{prefix}/{i}/{name}": value for name, value in state.items()}
+    header = {"kind": _TRAINING, "identity": identity, "log": json.dumps(log)}
+    write_whole(path, lambda file: save_file(tensors, file, metadata=header))
+
+
+def load_training(
+    path: str | os.PathLike, module: nn.Module, optimizers: Sequence[Optimizer], identity: str
+) -> dict[str, Any]:
+    """Set module and optimisers to what `save_training` wrote, and return its log.
+
+    Raises:
+        ValueError: the file is damaged, or of another training.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    if header.get("kind") != _TRAINING or header.get("identity") != identity:
+        raise ValueError(
+            f"{path} is a checkpoint of another model, configuration or set of histories; give another file, or "
+            "delete it to train from the start"
+        )
+    try:
+        log = json.loads(header["log"])
+        module.load_state_dict({n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")})
+        for prefix, optimizer in zip(_prefixes(optimizers), optimizers, strict=True):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name in (name for name in tensors if name.startswith(f"{prefix}/")):
+                _, i, key = name.split("/")
+                state.setdefault(int(i), {})[key] = tensors[name]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    except (KeyError, TypeError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        raise _damaged(path, error) from error
+    return log
+
+
+def _prefixes(optimizers: Sequence[Optimizer]) -> list[str]:
+    return [f"optimizer{k or ''}" for k in range(len(optimizers))]
+
+
+def _damaged(path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error!r}); delete it to train from the start")
 
 
 def _kind(module: type[nn.Module]) -> str:

@@ -5,7 +5,6 @@ several processes; with none given, one device of the fastest kind at hand is us
 """
 
 import hashlib
-import json
 import math
 import os
 import time
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from adbook.checks import check_positive, check_whole, is_number
-from adbook.files import content_hash, write_whole
+from adbook.files import content_hash
 from adbook.policy import ADPolicy
+from adbook.stored import load_training, save_training
 from adbook.windows import Windows
 
 if TYPE_CHECKING:
@@ -123,7 +121,7 @@ def train(
     identity = content_hash(asdict(policy.config), asdict(config), asdict(windows.config), _digest(windows))
     log = TrainingLog([])
     if checkpoint is not None and Path(checkpoint).exists():
-        log = _load(Path(checkpoint), policy, optimizer, identity)
+        log = TrainingLog(**load_training(checkpoint, policy, [optimizer], identity))
     model, optimizer = fabric.setup(policy, optimizer)
     model.mark_forward_method("loss")
     model.train()
@@ -148,7 +146,7 @@ def train(
             bar.set_postfix_str(f"loss {np.mean(log.losses[-50:]):.3f}, {log.tokens_per_second:,.0f} tokens/s")
             done = update + 1
             if checkpoint is not None and done % config.checkpoint_every == 0 and fabric.global_rank == 0:
-                _save(Path(checkpoint), policy, optimizer, identity, log)
+                save_training(checkpoint, policy, [optimizer], identity, asdict(log))
     policy.eval()
     return log
 
@@ -193,42 +191,3 @@ def _finite(loss: Tensor, update: int) -> float:
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} at update {update}; train again with a lower learning_rate")
     return value
-
-
-def _save(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, identity: str, log: TrainingLog) -> None:
-    """Write weights, optimiser state and log as one safetensors file, under a temporary name first."""
-    tensors = {f"policy/{name}": value.contiguous() for name, value in policy.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{name}": value for name, value in state.items()}
-    header = {"kind": "adbook.training", "identity": identity, "log": json.dumps(asdict(log))}
-    write_whole(path, lambda file: save_file(tensors, file, metadata=header))
-
-
-def _load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> TrainingLog:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
-    if header.get("kind") != "adbook.training" or header.get("identity") != identity:
-        raise ValueError(
-            f"{path} is a checkpoint of another model, configuration or set of histories; give another file, or "
-            "delete it to train from the start"
-        )
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, i, key = name.split("/")
-            state.setdefault(int(i), {})[key] = tensor
-    try:
-        log = TrainingLog(**json.loads(header["log"]))
-        policy.load_state_dict({n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")})
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise _damaged(path, error) from error
-    return log
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged ({error!r}); delete it to train from the start")

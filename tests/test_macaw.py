@@ -157,7 +157,7 @@ def opposite():
         returns = -4 * (actions[:, 0] - 0.8 * sign).abs()
         tasks.append(Transitions(torch.randn(400, 2, generator=generator), actions, returns, torch.zeros(400)))
     trained = MACAW(MACAWConfig(2, 1, hidden=(32, 32), latent=8, batch=64, updates=200, learning_rate=3e-3))
-    return trained, tasks, macaw.meta_train(trained, tasks, progress=False)
+    return trained, tasks, macaw.meta_train(trained, tasks, progress=False)[0]
 
 
 def test_meta_training_makes_one_step_enough(opposite):
@@ -185,13 +185,42 @@ def test_it_adapts_to_what_it_has_tried_itself(opposite):
     assert after[:, 1].mean() > before[:, 1].mean() + 0.1  # before the step both play what suits the first
 
 
-def test_meta_training_repeats_itself_and_follows_the_seed():
-    tasks = [Transitions(*(x.float() for x in some(20, torch.Generator().manual_seed(i)))) for i in range(3)]
+@pytest.fixture
+def three_tasks():
+    return [Transitions(*(x.float() for x in some(20, torch.Generator().manual_seed(i)))) for i in range(3)]
+
+
+def test_meta_training_repeats_itself_and_follows_the_seed(three_tasks):
     first, again, other = (
-        macaw.meta_train(MACAW(replace(TINY, seed=seed)), tasks, progress=False) for seed in (0, 0, 1)
+        macaw.meta_train(MACAW(replace(TINY, seed=seed)), three_tasks, progress=False)[0] for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+def test_meta_training_that_was_killed_goes_on_to_the_same_result(three_tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(macaw, "CHECKPOINT_EVERY", 3)
+    config, checkpoint = replace(TINY, updates=8), tmp_path / "macaw.training"
+    whole, killed, resumed = (MACAW(config) for _ in range(3))
+    losses, _ = macaw.meta_train(whole, three_tasks, progress=False)
+    batches, left = macaw._batches, iter(range(7))
+
+    def interrupted(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return batches(*args)
+
+    monkeypatch.setattr(macaw, "_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        macaw.meta_train(killed, three_tasks, checkpoint=checkpoint, progress=False)
+    monkeypatch.setattr(macaw, "_batches", batches)
+    np.testing.assert_array_equal(
+        macaw.meta_train(resumed, three_tasks, checkpoint=checkpoint, progress=False)[0], losses
+    )
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"macaw\.training is a checkpoint of another"):
+        macaw.meta_train(MACAW(config), three_tasks[:2], checkpoint=checkpoint, progress=False)
 
 
 def test_too_few_transitions_are_refused(batch):

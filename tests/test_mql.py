@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import adbook
-from adbook.baselines import mql, mql_adaptation
-from adbook.baselines.mql import MQL, Learner, MQLConfig, Replay
+from adbook.baselines import mql, mql_adaptation, mql_replay
+from adbook.baselines.mql import MQL, Learner
 from adbook.baselines.mql_adaptation import AdaptationConfig, AdaptingMQL, effective_sample_size, fit_propensity
+from adbook.baselines.mql_replay import MQLConfig, Replay
 
 TINY = MQLConfig(2, 1, horizon=5, hidden=(6,), context=3, memory=4, batch=8)
 QUICK = AdaptationConfig(steps=8, new_updates=2, old_updates=4, old_batch=8, samples=20)
@@ -55,11 +56,11 @@ def test_a_thinned_replay_keeps_whole_stretches_from_starts_of_episodes():
 
 
 def test_contexts_at_play_are_those_of_the_replay():
-    replay, past = filled(n=1), mql.no_past(1, TINY)
+    replay, past = filled(n=1), mql_replay.no_past(1, TINY)
     for t in range(replay.steps):
         batch = replay.at(np.array([t]), np.array([0]))
         torch.testing.assert_close(past, batch.past)
-        past = mql.remembered(past, batch.observations, batch.actions, batch.rewards)
+        past = mql_replay.remembered(past, batch.observations, batch.actions, batch.rewards)
         torch.testing.assert_close(past, batch.next_past)
         if t % 5 == 4:
             past[:] = 0
@@ -216,7 +217,7 @@ def test_meta_training_repeats_itself_and_learns_from_all_tasks_in_order():
     known = adbook.family("reacher-goal")
     config = MQLConfig(8, 2, hidden=(8,), memory=4, batch=8, steps=240, random_steps=120, updates_per_step=0.1)
     models = [MQL(config), MQL(config), MQL(replace(config, seed=1))]
-    replays = [mql.meta_train(model, known, known.train_tasks[:2], progress=False) for model in models]
+    replays = [mql.meta_train(model, known, known.train_tasks[:2], progress=False)[0] for model in models]
     assert same(models[0], models[1])
     assert not same(models[0], models[2])
     assert not same(models[0], MQL(config))
@@ -225,6 +226,39 @@ def test_meta_training_repeats_itself_and_learns_from_all_tasks_in_order():
     assert batch.past[0].any(1).all()
     assert not batch.past[1].any()
     assert (batch.terminated == 0).all()  # Reacher's episodes end by time
+
+
+def test_meta_training_that_was_killed_keeps_what_it_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(mql, "CHECKPOINT_EVERY", 120)
+    known, checkpoint = adbook.family("reacher-goal"), tmp_path / "mql.training"
+    config = MQLConfig(8, 2, hidden=(8,), memory=4, batch=8, steps=240, random_steps=60, updates_per_step=0.1)
+    whole, killed, resumed, again = (MQL(config) for _ in range(4))
+
+    def trained(model):
+        return mql.meta_train(model, known, known.train_tasks[:2], checkpoint=checkpoint, progress=False)[0]
+
+    expected, _ = mql.meta_train(whole, known, known.train_tasks[:2], progress=False)
+    explore, left = mql._explore, iter(range(80))
+
+    def interrupted(*args, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return explore(*args, **options)
+
+    monkeypatch.setattr(mql, "_explore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(killed)
+    monkeypatch.setattr(mql, "_explore", explore)
+    replay = trained(resumed)
+    assert replay.steps == 120
+    np.testing.assert_array_equal(replay.actions[:60], expected.actions[:60])
+    assert replay.since_start[60, 0] == 0  # a fresh episode
+    assert not same(resumed, killed)
+    replay = trained(again)  # from the checkpoint at the end
+    assert replay.steps == 120
+    assert same(again, resumed)
+    with pytest.raises(ValueError, match=r"mql\.training is a checkpoint of another"):
+        mql.meta_train(MQL(config), known, known.train_tasks[:3], checkpoint=checkpoint, progress=False)
 
 
 def test_no_test_task_enters_meta_training(model):

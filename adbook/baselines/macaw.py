@@ -17,8 +17,10 @@ authors' own experiments: T then means the same on every family.
 Symbols of shapes: ``n`` tasks, ``B`` transitions, ``O`` observation size, ``A`` action size.
 """
 
+import hashlib
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -33,9 +35,11 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from adbook.checks import check_positive, check_whole
+from adbook.files import content_hash
 from adbook.histories import LearningHistory
-from adbook.stored import load_module, save_module
+from adbook.stored import load_module, load_training, save_module, save_training
 
+CHECKPOINT_EVERY = 1000  # updates
 Layers = list[tuple[Tensor, Tensor]]  # of each layer weight (…, out, in) and bias (…, out)
 
 
@@ -260,14 +264,25 @@ def stepped(parameters: dict[str, Tensor], gradients: dict[str, Tensor], rates: 
     return {name: value - rate * gradients[name] for (name, value), rate in pairs}
 
 
-def meta_train(macaw: MACAW, tasks: Sequence[Transitions], *, progress: bool = True) -> np.ndarray:
-    """Meta-train on the transitions of training tasks, (updates, 2): the outer losses of value and policy.
+def meta_train(
+    macaw: MACAW, tasks: Sequence[Transitions], *, checkpoint: str | os.PathLike | None = None, progress: bool = True
+) -> tuple[np.ndarray, float]:
+    """Meta-train on the transitions of training tasks.
 
     An update draws tasks, and of each an inner and an outer batch that do not overlap. The value network learns from
     its own outer loss alone, the policy from its own.
 
+    Args:
+        macaw: is changed in place.
+        tasks: transitions of each training task.
+        checkpoint: a file to keep the state in; meta-training goes on from it if it is there, to the same result.
+        progress: show a bar.
+
+    Returns:
+        The outer losses of value and policy, (updates, 2), and the seconds that it took.
+
     Raises:
-        ValueError: a task with fewer transitions than two batches.
+        ValueError: a task with fewer transitions than two batches; a checkpoint that is damaged or of another training.
         FloatingPointError: a loss stopped being finite.
     """
     config = macaw.config
@@ -280,16 +295,36 @@ def meta_train(macaw: MACAW, tasks: Sequence[Transitions], *, progress: bool = T
     networks, rates = [*macaw.value.parameters(), *macaw.policy.parameters()], [macaw.value_rates, macaw.policy_rates]
     groups = [(networks, config.learning_rate), (rates, config.rate_learning_rate)]
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in groups])
-    rng, losses = np.random.default_rng(config.seed), np.zeros((config.updates, 2))
-    for update in tqdm(range(config.updates), unit="update", disable=not progress):
+    identity = content_hash(asdict(config), _digest(tasks))
+    losses, before = [], 0.0
+    if checkpoint is not None and Path(checkpoint).exists():
+        saved = load_training(checkpoint, macaw, [optimizer], identity)
+        losses, before = saved["losses"], saved["seconds"]
+    first, began = len(losses), time.perf_counter()
+    updates = tqdm(
+        range(first, config.updates), initial=first, total=config.updates, unit="update", disable=not progress
+    )
+    for update in updates:
+        rng = np.random.default_rng([config.seed, update])
         value, policy = (loss.mean() for loss in vmap(macaw.outer_losses)(*_batches(ready, config, rng)))
-        losses[update] = value.item(), policy.item()
-        if not np.isfinite(losses[update]).all():
-            raise FloatingPointError(f"losses are {losses[update]} at update {update}; lower learning_rate")
+        losses.append((value.item(), policy.item()))
+        if not np.isfinite(losses[-1]).all():
+            raise FloatingPointError(f"losses are {losses[-1]} at update {update}; lower learning_rate")
         optimizer.zero_grad()
         (value + policy).backward()  # each reaches its own network and rates alone
         optimizer.step()
-    return losses
+        if checkpoint is not None and (update + 1) % CHECKPOINT_EVERY == 0:
+            seconds = before + time.perf_counter() - began
+            save_training(checkpoint, macaw, [optimizer], identity, {"losses": losses, "seconds": seconds})
+    return np.array(losses), before + time.perf_counter() - began
+
+
+def _digest(tasks: Sequence[Transitions]) -> str:
+    """What tells one set of transitions from another."""
+    digest = hashlib.blake2b()
+    for array in (x for task in tasks for x in task):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _batches(

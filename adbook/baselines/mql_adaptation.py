@@ -22,7 +22,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor, nn
 
-from adbook.baselines.mql import MQL, Actor, Batch, Learner, MQLConfig, Replay, no_past, remembered
+from adbook.baselines.mql import MQL, Actor, Learner
+from adbook.baselines.mql_replay import Batch, MQLConfig, Replay, no_past, remembered
 from adbook.baselines.seen import Seen
 from adbook.stored import load_module, save_module
 

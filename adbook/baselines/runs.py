@@ -3,7 +3,6 @@
 python -m adbook baselines --family half-cheetah-vel      to `artifacts/baselines` and `artifacts/results`
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from adbook import experiments
 from adbook.baselines.macaw import MACAW, MACAWConfig, Transitions, meta_train, transitions
 from adbook.baselines.macaw_adaptation import AdaptingMACAW
-from adbook.baselines.mql import MQL, MQLConfig
+from adbook.baselines.mql import MQL
 from adbook.baselines.mql import meta_train as meta_train_mql
 from adbook.baselines.mql_adaptation import AdaptationConfig, AdaptingMQL
+from adbook.baselines.mql_replay import MQLConfig
 from adbook.checks import check_known
 from adbook.datasets import load_histories
 from adbook.experiments import ROOT, Profile, describe, evaluate, provenance, shown, source_histories
@@ -80,11 +80,13 @@ def trained_macaw(settings: Profile, *, recompute: bool = False, progress: bool 
     path = _path("macaw", settings, config, recompute)
     if path.is_file():
         return MACAW.load(path)
-    made, began = provenance(), time.perf_counter()
-    macaw = MACAW(config)
-    losses = meta_train(macaw, list(by_task(settings, "train", config.discount).values()), progress=progress)
-    about = {"settings": describe(settings), "minutes": (time.perf_counter() - began) / 60, "losses": _thinned(losses)}
-    return MACAW.load(macaw.save(path, about | made))
+    made, macaw = provenance(), MACAW(config)
+    tasks, checkpoint = list(by_task(settings, "train", config.discount).values()), path.with_suffix(".training")
+    losses, seconds = meta_train(macaw, tasks, checkpoint=checkpoint, progress=progress)
+    about = {"settings": describe(settings), "minutes": seconds / 60, "losses": _thinned(losses)}
+    trained = MACAW.load(macaw.save(path, about | made))
+    checkpoint.unlink(missing_ok=True)
+    return trained
 
 
 def trained_mql(settings: Profile, *, recompute: bool = False, progress: bool = True) -> AdaptingMQL:
@@ -96,11 +98,15 @@ def trained_mql(settings: Profile, *, recompute: bool = False, progress: bool = 
     path = _path("mql", settings, (config, adaptation), recompute)
     if path.is_file():
         return AdaptingMQL.load(path)
-    made, began, model = provenance(), time.perf_counter(), MQL(config)
-    replay = meta_train_mql(model, settings.family, settings.train_tasks, progress=progress)
+    made, model, checkpoint = provenance(), MQL(config), path.with_suffix(".training")
+    replay, seconds = meta_train_mql(
+        model, settings.family, settings.train_tasks, checkpoint=checkpoint, progress=progress
+    )
     kept = replay.thinned(_REPLAY_EPISODES, skip=-(-config.random_steps // settings.n_tasks))
-    about = {"settings": describe(settings), "minutes": (time.perf_counter() - began) / 60}
-    return AdaptingMQL.load(AdaptingMQL(model, kept, adaptation, settings.seed).save(path, about | made))
+    about = {"settings": describe(settings), "minutes": seconds / 60}
+    trained = AdaptingMQL.load(AdaptingMQL(model, kept, adaptation, settings.seed).save(path, about | made))
+    checkpoint.unlink(missing_ok=True)
+    return trained
 
 
 def by_task(settings: Profile, split: str, discount: float) -> dict[tuple[float, ...], Transitions]:
