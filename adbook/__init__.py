@@ -39,6 +39,7 @@ _MODULES = {
     "source_rollout": "replay",
     "RolloutPlayer": "player",
     "LivePlayer": "live",
+    "LiveReacher": "exhibit",
     "Watched": "insight",
 }
 

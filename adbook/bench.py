@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adbook.bench_context import bench_context, training_step
+from adbook.bench_exhibit import bench_exhibit
 from adbook.bench_player import bench_player
 from adbook.bench_scan import bench_gpu, bench_scan, mambapy_scan
 from adbook.bench_sources import bench_droq, bench_sources
@@ -86,6 +87,7 @@ BENCHMARKS = {
     "context": bench_context,
     "sources": bench_sources,
     "player": bench_player,
+    "exhibit": bench_exhibit,
     "droq": bench_droq,  # the last, for its peer is the least likely to be installed
 }
 

@@ -24,6 +24,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from adbook import exhibit
 from adbook.experiments import ROOT, check_profile
 
 _WIDGET, _STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
@@ -64,6 +65,7 @@ def build(profile: str = "laptop", output: Path | None = None) -> Path:
         shutil.copy(ROOT / name, stage)
     execute(profile, chapters, stage / "notebooks")
     shutil.copytree(ROOT / "book", stage / "book")
+    exhibit.stage(stage / "book" / "_static" / "live")
     return build_site(stage, output)
 
 

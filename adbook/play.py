@@ -184,6 +184,11 @@ def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task],
     foreign = sorted({task.family for task in tasks} - {family.name})
     if foreign:
         raise ValueError(f"tasks of {', '.join(foreign)} given with family {family.name!r}; use its own.")
+    check_fits(policy, family)
+
+
+def check_fits(policy: nn.Module, family: TaskFamily) -> None:
+    """Raise ValueError if a policy is made for observations or actions of other sizes than the family's."""
     config = getattr(policy, "config", None)  # a RandomPolicy fits every observation and has none
     for size in ("observation_size", "action_size"):
         if config is not None and getattr(config, size) != getattr(family, size):

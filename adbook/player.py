@@ -6,38 +6,32 @@ embeds it, so that the same JavaScript (``player.js``) serves JupyterLab and the
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import anywidget
 import numpy as np
 import traitlets
 from numpy.typing import ArrayLike
 
-from adbook.files import write_whole
+from adbook.embedded import WEB, Embedded, script
+from adbook.exhibit import LiveReacher
 from adbook.look import style
 from adbook.recording import check, recording
 from adbook.rollout import Rollout
 from adbook.scene import scene
 from adbook.tasks import Task, family
 
-_FOLDER = Path(__file__).parent
+__all__ = ["LiveReacher", "OutOfRangeError", "RolloutPlayer"]
 # One script, since an anywidget's is one: what is drawn from, how it is drawn, and what is done with it.
-_SCRIPT = "\n".join((_FOLDER / f"{name}.js").read_text() for name in ("player_data", "player_draw", "player"))
-_STYLE = (_FOLDER / "player.css").read_text()
 
 
 class OutOfRangeError(traitlets.TraitError, ValueError):
     """A trait was set to what it cannot be."""
 
 
-class RolloutPlayer(anywidget.AnyWidget):
+class RolloutPlayer(Embedded):
     """A player for rollouts of one to four agents on the same tasks.
 
     It draws the robot from recorded coordinates, a time line over all episodes, a map of the tasks, and, for agents
@@ -60,8 +54,8 @@ class RolloutPlayer(anywidget.AnyWidget):
             references, or more data than a page should carry.
     """
 
-    _esm = _SCRIPT
-    _css = _STYLE
+    _esm = script("player_data", "player_draw", "player")
+    _css = (WEB / "player.css").read_text()
 
     shape = traitlets.List(traitlets.Int()).tag(sync=True)  # A, n, K, T
     scene = traitlets.Dict().tag(sync=True)  # of adbook.scene
@@ -105,27 +99,6 @@ class RolloutPlayer(anywidget.AnyWidget):
             **recording(rollouts, insight or {}, described),
         )
         self.rollouts = rollouts
-
-    def save_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write one file that shows the player in any browser, from the disk and without a network.
-
-        Args:
-            path: File to write; missing folders are made, an existing file is replaced in one step.
-
-        Returns:
-            The path written.
-        """
-        state = self._embedded()
-        names = [name for name, value in state.items() if isinstance(value, bytes)]
-        state |= {name: base64.b64encode(state[name]).decode() for name in names}
-        page = Template((_FOLDER / "player.html").read_text()).substitute(
-            title=html.escape(repr(self)),
-            css=_STYLE,
-            esm=_SCRIPT,
-            state=_script(state),
-            bytes=_script(names),
-        )
-        return write_whole(path, lambda file: file.write_text(page))
 
     def save_video(
         self,
@@ -182,12 +155,6 @@ class RolloutPlayer(anywidget.AnyWidget):
             self.send_state(list(sync_data))
             raise
 
-    def _embedded(self) -> dict[str, Any]:
-        """The state that a page without a kernel needs."""
-        others = set(anywidget.AnyWidget.class_trait_names(sync=True))  # of every widget
-        names = [name for name in self.trait_names(sync=True) if name not in others and not name.startswith("_")]
-        return {name: getattr(self, name) for name in names}
-
     def _episodes_shown(self) -> int:
         return self.shape[2]
 
@@ -196,11 +163,6 @@ def _agent(name: str, position: int, rollout: Rollout) -> dict[str, Any]:
     """An agent as the page knows it; a source's rollout says which of its many episodes it holds, task by task."""
     numbers = {key: rollout.metadata[key] for key in ("episodes", "of")} if "of" in rollout.metadata else {}
     return {"name": name, "color": style(name, position).color, **numbers}
-
-
-def _script(value: object) -> str:
-    """As a literal inside a script element, which it must not close."""
-    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _label(task: Task) -> str:

@@ -23,11 +23,11 @@ def _distance(place: np.ndarray, goal: np.ndarray) -> np.ndarray:
     return -np.linalg.norm(place - goal, axis=1)
 
 
-_PUSHER_MARK = np.array([0.45, -0.05, -0.323])  # m, where the table's centre mark lies in the observation's coordinates
+PUSHER_MARK = np.array([0.45, -0.05, -0.323])  # m, where the table's centre mark lies in the observation's coordinates
 # The part of the reward with the goal in it, from observations before and after a step, (T, O) each, and the goal.
 _PARTS: dict[str, _Part] = {
     "reacher-goal": lambda before, after, goal: _distance(after[:, 6:8], goal),
-    "pusher-goal": lambda before, after, goal: _distance(after[:, 17:20] - _PUSHER_MARK, np.append(goal, 0)),
+    "pusher-goal": lambda before, after, goal: _distance(after[:, 17:20] - PUSHER_MARK, np.append(goal, 0)),
     "half-cheetah-vel": lambda before, after, goal: -abs(_mean_speed(before, after, slice(8, 9)) - goal)[:, 0],
     "ant-dir": lambda before, after, goal: (
         _mean_speed(before, after, slice(13, 15)) @ np.array([np.cos(goal[0]), np.sin(goal[0])])

@@ -11,6 +11,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from adbook.relabel import PUSHER_MARK
 from adbook.tasks import TaskFamily
 
 _KINDS = {
@@ -40,6 +41,7 @@ class _View:
     aspect: float = 1.25  # width over height of the widest picture that does not show more at its sides
     goal_height: float = 0.0  # m, of a point
     goal_radius: float = 0.0  # m
+    goal_origin: tuple[float, float] = (0.0, 0.0)  # m, from where a point counts
 
 
 _VIEWS = {
@@ -47,7 +49,16 @@ _VIEWS = {
         "point", "fingertip", -0.01, (0, -0.02, 0), 0.9, -90, 62, aspect=0.95, goal_height=0.0, goal_radius=0.012
     ),
     "pusher-goal": _View(
-        "point", "object", -0.325, (0.22, -0.22, -0.02), 3.1, 50, 34, goal_height=-0.323, goal_radius=0.08
+        "point",
+        "object",
+        -0.325,
+        (0.22, -0.22, -0.02),
+        3.1,
+        50,
+        34,
+        goal_height=-0.323,
+        goal_radius=0.08,
+        goal_origin=(*PUSHER_MARK[:2],),
     ),
     "half-cheetah-vel": _View("velocity", "torso", 0, (0, 0, 0.05), 4.8, -90, 10, follow=True),
     "ant-dir": _View("direction", "torso", 0, (0, 0, -0.1), 6.4, -60, 38, follow=True),

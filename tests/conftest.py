@@ -86,6 +86,17 @@ def browser(chromium):
         running.close()
 
 
+@pytest.fixture(scope="session")
+def exhibit_site(tmp_path_factory):
+    """The address of the exhibit's pages (see `exhibit_cases`)."""
+    from exhibit_cases import write_site
+
+    from adbook.bench_player import serve
+
+    with serve(write_site(tmp_path_factory.mktemp("exhibit"))) as base:
+        yield base
+
+
 @pytest.fixture
 def open_page(browser, tmp_path):
     """Opens a player; in the end no page may have failed, complained or asked for a file."""

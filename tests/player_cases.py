@@ -26,7 +26,7 @@ def policy(backbone, **changes):
 def player_page(player, width, folder):
     """The player's own page, with what tests look at made visible to them."""
     page = player.save_html(folder / "player.html").read_text()
-    hook = f"""document.getElementById("player").style.width = "{width}px";
+    hook = f"""document.getElementById("widget").style.width = "{width}px";
       const data = await decode(model).catch(() => null);
       window.test = {{ model, remove, listeners, kinematics, data }};
       </script>"""

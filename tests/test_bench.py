@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from adbook import bench_context, bench_player, bench_scan
+from adbook import bench_context, bench_exhibit, bench_player, bench_scan
 from adbook.experiments import profile
 from adbook.scan import selective_scan
 
@@ -135,6 +135,20 @@ def test_the_chapter_is_measured_where_the_book_is_built(chromium, tiny_recordin
     bench_player._player("reacher-goal", 2).save_html(tmp_path / bench_player.CHAPTER)
     result = bench_player.bench_player((("reacher-goal", 1),), loads=1, seconds=0.1, site=tmp_path)
     assert result["book"].keys() == {"page", "first_paint_ms", "drawn_ms"}
+
+
+def test_the_exhibits_record_compares_the_page_with_a_rollout(chromium, monkeypatch):
+    monkeypatch.setattr(bench_exhibit, "RUNS", ("reacher-goal",))
+    monkeypatch.setattr(bench_exhibit, "EPISODES", {"reacher-goal": 3})
+    result = bench_exhibit.bench_exhibit(tasks=4, loads=1)
+    assert result["first_motion_ms"] > 0
+    assert result["page_bytes"] < 400_000
+    measured = result["families"]["reacher-goal"]
+    assert measured["steps_per_second"] > 0
+    assert measured["page"].shape == measured["rollout"].shape == (3,)
+    low, high = measured["difference"].T
+    assert measured["episodes_that_agree"] == f"{((low <= 0) & (high >= 0)).sum()} of 3"
+    assert measured["page"] == pytest.approx(measured["rollout"], abs=6)  # an untrained one would be at -40
 
 
 @pytest.mark.parametrize(("missing", "error", "remedy"), [

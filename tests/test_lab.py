@@ -310,3 +310,23 @@ def _drag_goal(view):
     mouse.down()
     mouse.move(x - 40, y, steps=4)
     mouse.up()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# a network that learns in the page
+
+MAKE_EXHIBIT = """
+import torch
+import adbook
+from adbook.policy import ADPolicy, PolicyConfig
+exhibit = adbook.LiveReacher(ADPolicy(PolicyConfig(8, 2, backbone=adbook.MambaConfig(d_model=16, n_layers=1))))
+"""
+
+
+def test_the_exhibit_plays_without_its_kernel(lab, browser):
+    with notebook(lab, browser, MAKE_EXHIBIT, "exhibit") as page:
+        view = page.get_by_role("region", name="A network that learns as you watch")
+        view.get_by_role("button", name="Let it learn").click()
+        view.get_by_label("Speed").select_option("64")
+        run(page, "del exhibit")
+        expect(view.locator(".adl-now")).to_contain_text(re.compile(r"Episode ([3-9]|\d\d+),"), timeout=PATIENCE)

@@ -207,7 +207,7 @@ def test_pictures_follow_the_theme_and_the_size(open_page):
     page = open_page()
     for act in (
         "document.documentElement.dataset.theme = 'dark'",
-        "document.getElementById('player').style.width = '500px'",
+        "document.getElementById('widget').style.width = '500px'",
     ):
         before = pictures(page)
         page.evaluate(act)
@@ -222,7 +222,7 @@ def test_nothing_is_wider_than_the_column(open_page, width, agents):
     page = open_page(RolloutPlayer(dict.fromkeys(names, recorded())), width=width)
     wide = page.evaluate(
         "[...document.querySelectorAll('.adbook-player *')].filter((e) => e.getBoundingClientRect().right >"
-        f" document.getElementById('player').getBoundingClientRect().x + {width} + 0.5).map((e) => e.className)"
+        f" document.getElementById('widget').getBoundingClientRect().x + {width} + 0.5).map((e) => e.className)"
     )
     assert wide == []
 

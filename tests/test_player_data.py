@@ -28,6 +28,17 @@ def test_a_scene_is_plain_data_that_fits_the_model(name):
     assert all(0 <= q < described["coordinates"] for q in described["used"])
 
 
+@pytest.mark.parametrize(("name", "body"), [("reacher-goal", "target"), ("pusher-goal", "goal")])
+def test_a_goal_is_drawn_where_it_is_paid(name, body):
+    family = adbook.family(name)
+    env = family.make(family.test_tasks[0]).unwrapped
+    env.reset(seed=0)
+    view = scene(family)["view"]
+    drawn = np.add(view["goal_origin"], env.goal)
+    np.testing.assert_allclose(drawn, env.data.body(body).xpos[:2], atol=1e-9)
+    env.close()
+
+
 def _size(player):
     return sum(4 * len(x) // 3 for x in (player.frames, player.seen))
 

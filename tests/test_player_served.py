@@ -152,7 +152,7 @@ def test_a_hidden_player_is_drawn_once_it_is_shown(visit):
     page = visit("reacher-goal")
     before = _Changes(page).last
     for display, width in (("none", 900), ("block", 700)):
-        page.locator("#player").evaluate("(e, display) => { e.style.display = display; }", display)
+        page.locator("#widget").evaluate("(e, display) => { e.style.display = display; }", display)
         page.set_viewport_size({"width": width, "height": 900})
     _wait_for_others(page, before)  # smaller ones
 

@@ -1,6 +1,9 @@
 // The rollout player's page elements and behaviour. All it shows is in the model, so that it needs neither a kernel nor a
 // network; where a kernel answers, a live player can also be run.
 
+import { clamp, decode, number, status, withCurrent } from "./player_data.js";
+import { drawActions, drawMap, drawRobot, drawTimeline } from "./player_draw.js";
+
 const HOLD = 0.5; // seconds of rest at the end of an episode while playing
 const SPEEDS = [0.25, 0.5, 1, 2, 4, 8];
 const ICONS = {

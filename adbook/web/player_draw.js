@@ -1,5 +1,7 @@
 // How the rollout player draws: the camera, a robot, the time line, the map of tasks, what a network sees.
 
+import { add, clamp, kinematics, number, rotate, status, subtract } from "./player_data.js";
+
 function camera(view, target, turn, width, height) {
   const [az, el] = [view.azimuth + turn.azimuth, clamp(view.elevation + turn.elevation, 2, 89)].map((d) => (d * Math.PI) / 180);
   const toward = [Math.cos(el) * Math.cos(az), Math.cos(el) * Math.sin(az), Math.sin(el)]; // from the target to the eye
@@ -102,7 +104,7 @@ function cylinder(g, eye, bottom, top, radius, color) {
 // one agent's picture
 
 // A context in CSS pixels, cleared, sharp on any screen.
-function context(canvas, look) {
+export function context(canvas, look) {
   const { clientWidth: width, clientHeight: height } = canvas;
   const ratio = window.devicePixelRatio || 1;
   const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -116,14 +118,14 @@ function context(canvas, look) {
   return { g, width, height };
 }
 
-function write(g, text, x, y, color, { align = "left", base = "alphabetic", alpha = 1 } = {}) {
+export function write(g, text, x, y, color, { align = "left", base = "alphabetic", alpha = 1 } = {}) {
   g.save();
   Object.assign(g, { fillStyle: color, textAlign: align, textBaseline: base, globalAlpha: alpha });
   g.fillText(text, x, y);
   g.restore();
 }
 
-function line(g, points, color, width, alpha = 1, dash = []) {
+export function line(g, points, color, width, alpha = 1, dash = []) {
   g.save();
   Object.assign(g, { strokeStyle: color, lineWidth: width, globalAlpha: alpha });
   g.setLineDash(dash);
@@ -162,11 +164,14 @@ function ground(g, eye, view, target, look) {
   g.restore();
 }
 
+// Where a goal that is a point lies, and the reverse: goals count from a place of the robot's own.
+const [toWorld, toGoal] = [1, -1].map((sign) => (view, [x, y]) => [x + sign * view.goal_origin[0], y + sign * view.goal_origin[1]]);
+
 // The goal of the episode; as a ghost, the one that is to come.
 function goalMark(g, eye, scene, goal, target, look, ghost = false) {
   const view = scene.view;
   if (view.goal === "point") {
-    const at = [goal[0], goal[1], view.goal_height];
+    const at = [...toWorld(view, goal), view.goal_height];
     g.save();
     g.fillStyle = look.goal;
     g.globalAlpha = ghost ? 0.08 : 0.22;
@@ -190,7 +195,7 @@ function goalMark(g, eye, scene, goal, target, look, ghost = false) {
 }
 
 // The result turns a pixel into a point at the goal's height, and the goal to come into a pixel.
-function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color }, look) {
+export function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color }, look) {
   const { g, width, height } = context(canvas, look);
   const { scene } = data;
   const { view } = scene;
@@ -243,15 +248,15 @@ function drawRobot(canvas, data, { a, task, k, t, goal, next, moved, turn, color
     else capsule(g, eye.see(from), eye.see(to), shape.radius, tint);
   }
   if (view.goal === "point" && view.goal_height > view.ground + 0.005) { // above the ground, and over the arm
-    const points = ring(eye, [goal[0], goal[1], view.goal_height], view.goal_radius).map(flat);
+    const points = ring(eye, [...toWorld(view, goal), view.goal_height], view.goal_radius).map(flat);
     line(g, [...points, points[0]], look.goal, 2, 0.9);
   }
   if (view.goal === "velocity") {
     velocityBar(g, width, height, { speed: status(data, a, task, k, t, goal).speed, wanted: goal[0], next: next && next[0], color }, look);
   }
   return {
-    toPoint: (x, y) => eye.meet(x, y, view.goal_height),
-    ofPoint: ([x, y]) => eye.see([x, y, view.goal_height]),
+    toPoint: (x, y) => toGoal(view, eye.meet(x, y, view.goal_height)),
+    ofPoint: (point) => eye.see([...toWorld(view, point), view.goal_height]),
   };
 }
 
@@ -297,7 +302,7 @@ function velocityBar(g, width, height, { speed, wanted, next, color }, look) {
 // the time line, the map of tasks, and what the network sees
 
 // About `most` round numbers from low to high, at least so far apart.
-function ticks(low, high, most, least = 0) {
+export function ticks(low, high, most, least = 0) {
   const rough = Math.max((high - low) / most, least) || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const size = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
@@ -307,7 +312,7 @@ function ticks(low, high, most, least = 0) {
 }
 
 // All episodes one after the other, with their returns; the result turns a pixel into a position in episodes.
-function drawTimeline(canvas, { curves, references, moves, episodes, current, position }, look) {
+export function drawTimeline(canvas, { curves, references, moves, episodes, current, position }, look) {
   const { g, width, height } = context(canvas, look);
   const all = [...curves.flatMap(({ values }) => values), ...references.map(([, value]) => value)];
   const empty = !all.length;
@@ -361,7 +366,7 @@ function drawTimeline(canvas, { curves, references, moves, episodes, current, po
 
 // The goals of a family on a map, or, in a live player, all that a goal may be; the result turns a pixel into the nearest
 // task and into a goal.
-function drawMap(canvas, { kind, tasks, others, task, limits }, look) {
+export function drawMap(canvas, { kind, tasks, others, task, limits }, look) {
   const { g, width, height } = context(canvas, look);
   const [cx, cy, size] = [width / 2, height / 2, Math.min(width, height) / 2 - 10];
   let [place, toGoal] = [null, null];
@@ -411,7 +416,7 @@ function drawMap(canvas, { kind, tasks, others, task, limits }, look) {
 }
 
 // The distribution that the action was drawn from, component by component, and the action itself.
-function drawActions(canvas, seen, size, color, look) {
+export function drawActions(canvas, seen, size, color, look) {
   const { g, width, height } = context(canvas, look);
   const row = (height - 16) / size;
   const x = (v) => 40 + ((clamp(v, -1.25, 1.25) + 1.25) / 2.5) * (width - 52);

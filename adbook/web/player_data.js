@@ -1,8 +1,8 @@
 // What the rollout player shows: recordings, and the kinematics that turn them into places.
 // Axes: A agents, n tasks, K episodes, T steps, Q coordinates. Lengths are in metres, z points up.
 
-const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
-const number = (x, digits = 2) => x.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
+export const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
+export const number = (x, digits = 2) => x.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 async function inflate(view) {
   const bytes = new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
@@ -124,10 +124,10 @@ export function withCurrent(data, model) {
 // ---------------------------------------------------------------------------------------------------------------
 // kinematics: rotation matrices are rows of nine numbers
 
-const rotate = (R, [x, y, z]) => [
+export const rotate = (R, [x, y, z]) => [
   R[0] * x + R[1] * y + R[2] * z, R[3] * x + R[4] * y + R[5] * z, R[6] * x + R[7] * y + R[8] * z];
-const add = (p, q) => [p[0] + q[0], p[1] + q[1], p[2] + q[2]];
-const subtract = (p, q) => [p[0] - q[0], p[1] - q[1], p[2] - q[2]];
+export const add = (p, q) => [p[0] + q[0], p[1] + q[1], p[2] + q[2]];
+export const subtract = (p, q) => [p[0] - q[0], p[1] - q[1], p[2] - q[2]];
 
 function multiply(a, b) {
   const out = new Array(9);
@@ -175,15 +175,16 @@ export function kinematics(scene, qpos) {
   return placed;
 }
 
-const placeOf = (scene, qpos) => kinematics(scene, qpos)[scene.tracked].p;
+export const placeOf = (scene, qpos) => kinematics(scene, qpos)[scene.tracked].p;
 
 // What a reader of the text alone is told about a moment.
-function status(data, a, task, k, t, goal) {
+export function status(data, a, task, k, t, goal) {
   const { scene } = data;
   const place = (time) => data.place(a, task, k, time);
   const here = place(t);
   if (scene.view.goal === "point") {
-    const off = 100 * Math.hypot(here[0] - goal[0], here[1] - goal[1]);
+    const origin = scene.view.goal_origin;
+    const off = 100 * Math.hypot(here[0] - origin[0] - goal[0], here[1] - origin[1] - goal[1]);
     return { text: `${number(off, 1)} cm from the goal`, value: `${number(off, 1)} cm` };
   }
   const before = place(Math.max(t - 1, 0));
