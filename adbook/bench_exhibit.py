@@ -22,7 +22,8 @@ from adbook.tasks import family
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-EPISODES = {"reacher-goal": 20, "pusher-goal": 10, "half-cheetah-vel": 10}
+# Episodes, and runs of each goal: the arm fails at a goal now and then, and a mean over few runs hangs on how often.
+SIZES = {"reacher-goal": (20, 8), "pusher-goal": (10, 2), "half-cheetah-vel": (10, 2)}
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>The exhibit</title>
 <div class="adbook-exhibit" data-family="reacher-goal"></div><script type="module" src="page.js"></script></html>"""
 
@@ -39,8 +40,8 @@ _MOTION = """() => new Promise((done) => {
   look();
 })"""
 
-# Returns of many goals, (goals, episodes), and the steps a second that it took.
-_PLAY = """async ([family, goals, episodes]) => {
+# Returns of many runs, (runs, goals, episodes), and the steps a second that it took.
+_PLAY = """async ([family, goals, episodes, runs]) => {
   const { Policy } = await import("./network.js");
   const { Session } = await import("./session.js");
   const get = async (name, read) => (await fetch(`${family}/${name}`))[read]();
@@ -55,8 +56,8 @@ _PLAY = """async ([family, goals, episodes]) => {
   };
   play(goals[0], 0, 5); // until the browser has compiled it
   const began = performance.now();
-  const returns = goals.map((goal, i) => play(goal, i, episodes));
-  const steps = goals.length * episodes * environment.horizon;
+  const returns = Array.from({ length: runs }, (_, run) => goals.map((goal, i) => play(goal, 1000 * run + i, episodes)));
+  const steps = runs * goals.length * episodes * environment.horizon;
   return { returns, rate: (1000 * steps) / (performance.now() - began) };
 }"""
 
@@ -110,15 +111,17 @@ def _visit(browser: Browser, base: str) -> tuple[float, int]:
 
 
 def _compared(page: Page, name: str, tasks: int) -> dict[str, Any]:
-    kind, episodes = family(name), EPISODES[name]
+    kind, (episodes, runs) = family(name), SIZES[name]
     fresh = kind.sample_tasks(tasks, np.random.default_rng(11))
-    played = page.evaluate(_PLAY, [name, [task.goal for task in fresh], episodes])
+    played = page.evaluate(_PLAY, [name, [task.goal for task in fresh], episodes, runs])
     policy = ADPolicy.from_pretrained(CHECKPOINTS / f"{name}-mamba")
-    theirs, ours = np.array(played["returns"]), rollout(policy, kind, fresh, episodes=episodes).returns
+    ours = np.mean([rollout(policy, kind, fresh, episodes=episodes, seed=run).returns for run in range(runs)], axis=0)
+    theirs = np.mean(played["returns"], axis=0)
     difference = theirs - ours  # on the same goals, with other starts and other noise
     half = stats.sem(difference) * stats.t.ppf(0.975, tasks - 1)
     low, high = difference.mean(0) - half, difference.mean(0) + half
     return {
+        "runs": runs,
         "steps_per_second": played["rate"],
         "page": theirs.mean(0),
         "rollout": ours.mean(0),

@@ -139,7 +139,7 @@ def test_the_chapter_is_measured_where_the_book_is_built(chromium, tiny_recordin
 
 def test_the_exhibits_record_compares_the_page_with_a_rollout(chromium, monkeypatch):
     monkeypatch.setattr(bench_exhibit, "RUNS", ("reacher-goal",))
-    monkeypatch.setattr(bench_exhibit, "EPISODES", {"reacher-goal": 3})
+    monkeypatch.setattr(bench_exhibit, "SIZES", {"reacher-goal": (3, 2)})
     result = bench_exhibit.bench_exhibit(tasks=4, loads=1)
     assert result["first_motion_ms"] > 0
     assert result["page_bytes"] < 400_000
