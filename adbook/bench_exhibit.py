@@ -56,7 +56,9 @@ _PLAY = """async ([family, goals, episodes, runs]) => {
   };
   play(goals[0], 0, 5); // until the browser has compiled it
   const began = performance.now();
-  const returns = Array.from({ length: runs }, (_, run) => goals.map((goal, i) => play(goal, 1000 * run + i, episodes)));
+  const seed = (run, i) => 1000 * run + i;
+  const one = (run) => goals.map((goal, i) => play(goal, seed(run, i), episodes));
+  const returns = Array.from({ length: runs }, (_, run) => one(run));
   const steps = runs * goals.length * episodes * environment.horizon;
   return { returns, rate: (1000 * steps) / (performance.now() - began) };
 }"""
