@@ -106,7 +106,8 @@ def mujoco_build() -> Path:
     there = experiments.RUNS / _PACKAGE.replace("@", "").replace("/", "-")
     if there.is_dir():
         return there
-    with TemporaryDirectory(dir=_made(experiments.RUNS)) as name:
+    experiments.RUNS.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=experiments.RUNS) as name:
         archive, unpacked = _packed(Path(name)), Path(name, "mujoco")
         if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != _SHA256:
             raise ValueError(
@@ -129,11 +130,6 @@ def _packed(folder: Path) -> Path:
     if result.returncode:
         raise RuntimeError(f"npm could not fetch {_PACKAGE}, of which pages need MuJoCo:\n{result.stderr.strip()}")
     return next(folder.glob("*.tgz"))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _robot(kind: TaskFamily) -> Path:
