@@ -114,13 +114,14 @@ def baselines(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.baselines.runs import baselines, publish
     from adbook.files import check_writable
-    from adbook.results import check_seeds, save_result
+    from adbook.results import check_replaces, check_seeds, save_result
 
+    name = f"baselines-{options.family}-{options.profile}"
     check_seeds(options.seeds)
+    check_replaces(name, options.seeds)
     check_writable(experiments.RESULTS)
     settings = experiments.profile(options.profile, options.family)
-    result = baselines(settings, options.seeds)
-    print(save_result(f"baselines-{options.family}-{options.profile}", result))
+    print(save_result(name, baselines(settings, options.seeds)))
     for path in publish(replace(settings, seed=options.seeds[0])):
         print(path)
 
@@ -145,13 +146,16 @@ def ablations(options: argparse.Namespace) -> None:
     """Train variants that differ in one factor, three seeds each, and write their returns."""
     from adbook import experiments
     from adbook.files import check_writable
-    from adbook.results import ablations, save_result
+    from adbook.results import ablations, check_replaces, check_seeds, save_result
 
+    name = f"ablations-{options.family}-{options.profile}"
+    check_seeds(options.seeds)
+    check_replaces(name, options.seeds)
     check_writable(experiments.RESULTS)
     settings = experiments.profile(options.profile, options.family)
     half = max(settings.training.updates // 2, settings.training.warmup + 1)
     updates = half if options.updates is None else options.updates
-    print(save_result(f"ablations-{options.family}-{options.profile}", ablations(settings, updates, options.seeds)))
+    print(save_result(name, ablations(settings, updates, options.seeds)))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -159,12 +163,12 @@ def bench(options: argparse.Namespace) -> None:
     import torch
 
     from adbook import bench, experiments
+    from adbook.checks import check_known
     from adbook.files import check_writable
     from adbook.results import save_result
 
-    unknown = sorted(set(options.names) - set(bench.BENCHMARKS))
-    if unknown:
-        raise ValueError(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(bench.BENCHMARKS)}")
+    for name in options.names:
+        check_known("benchmark", name, bench.BENCHMARKS)
     check_writable(experiments.RESULTS / "bench")
     possible = [name for name in bench.BENCHMARKS if name != "gpu" or torch.cuda.is_available()]
     for name in options.names or possible:
@@ -221,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sources", help=sources.__doc__, description=sources.__doc__)
     command.set_defaults(run=sources)
     command = commands.add_parser("bench", help=bench.__doc__, description=bench.__doc__)
-    names = "scan, gpu, training, rollout, context, sources, droq or player (default: all that can run here)"
+    names = "scan, gpu, training, rollout, context, sources, droq, player or exhibit (default: all that can run here)"
     command.add_argument("names", nargs="*", metavar="NAME", help=names)
     command.set_defaults(run=bench)
     command = commands.add_parser("pictures", help=pictures.__doc__, description=pictures.__doc__)

@@ -25,7 +25,8 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from adbook import exhibit
-from adbook.experiments import ROOT, check_profile
+from adbook.checks import check_known
+from adbook.experiments import PROFILES, ROOT
 
 _WIDGET, _STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 _MOST_BYTES = {"a widget": 300_000, "all widgets": 1_500_000}  # that a page carries
@@ -50,7 +51,7 @@ def build(profile: str = "laptop", output: Path | None = None) -> Path:
         ValueError: the profile is unknown.
         BookError: a chapter failed, warned or shows a figure without its texts, or Sphinx warned.
     """
-    check_profile(profile)
+    check_known("profile", profile, PROFILES)
     chapters = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not chapters:
         raise BookError(f"no chapters in {ROOT / 'notebooks'}: install adbook with `pip install -e .` from a clone")
@@ -104,9 +105,12 @@ def build_site(stage: Path, output: Path) -> Path:
     )
     if result.returncode:
         raise BookError(f"the pages could not be built:\n{result.stdout}\n{result.stderr}".rstrip())
-    site = output / "html"
-    shutil.rmtree(site, ignore_errors=True)
+    site, old = output / "html", output / "html.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if site.exists():
+        os.replace(site, old)
     os.replace(stage / "_build" / "html", site)
+    shutil.rmtree(old, ignore_errors=True)
     print(f"{time.perf_counter() - start:7.1f} s", flush=True)
     return site
 

@@ -38,7 +38,7 @@ def trained_policy(
     """
     folder = _own(settings)
     if (folder / "config.json").exists():
-        print(f"policy: loaded runs/policies/{folder.name}")
+        print(f"policy: loaded {_shown(folder)}")
         return _load(folder)
     if not recompute and is_published(settings):
         print(f"policy: loaded artifacts/checkpoints/{published_at(settings).name}")
@@ -48,10 +48,11 @@ def trained_policy(
     torch.manual_seed(settings.seed)
     policy = ADPolicy(settings.policy)
     training = replace(settings.training, seed=settings.seed)
-    log = train(policy, windows, training, checkpoint=folder / "training.safetensors", progress=progress)
+    checkpoint = folder / "training.safetensors"
+    log = train(policy, windows, training, checkpoint=checkpoint, progress=progress)
     policy.save_pretrained(folder, about={"settings": describe(settings), "log": asdict(log)} | made)
-    minutes = log.seconds / 60
-    print(f"policy: trained {len(log.losses)} updates in {minutes:.1f} minutes, saved as runs/policies/{folder.name}")
+    checkpoint.unlink(missing_ok=True)
+    print(f"policy: trained {len(log.losses)} updates in {log.seconds / 60:.1f} minutes, saved as {_shown(folder)}")
     return policy.cpu(), log
 
 
@@ -200,6 +201,10 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
 def _own(settings: Profile) -> Path:
     name = f"{settings.family.name}-{settings.name}-{settings.agent}-seed{settings.seed}"
     return experiments.RUNS / "policies" / f"{name}-{_training_hash(settings)}"
+
+
+def _shown(folder: Path) -> Path:
+    return folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
 
 
 def _load(folder: Path) -> tuple[ADPolicy, TrainingLog]:

@@ -19,6 +19,12 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
+def check_layers(hidden: object, least: int = 0) -> None:
+    """Raise ValueError if `hidden` is not a tuple of at least `least` layer widths."""
+    if not isinstance(hidden, tuple) or len(hidden) < least or not all(type(w) is int and w >= 1 for w in hidden):
+        raise ValueError(f"hidden={hidden!r} must be a tuple of layer widths of at least 1, such as (64, 64)")
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number, and no bool."""
     return (isinstance(value, int) and not isinstance(value, bool)) or (

@@ -65,5 +65,6 @@ def reset_every_episode(
     policy: nn.Module, family: TaskFamily, tasks: Sequence[Task], *, episodes: int, seed: int = 0
 ) -> np.ndarray:
     """Play first episodes only: returns (tasks, episodes), every one of them from an empty context."""
-    alone = [rollout(policy, family, tasks, episodes=1, seed=seed + k).returns for k in range(episodes)]
+    dice = np.random.SeedSequence(seed).generate_state(episodes)  # seed + k would be another seed's, an episode later
+    alone = [rollout(policy, family, tasks, episodes=1, seed=int(each)).returns for each in dice]
     return np.concatenate(alone, axis=1)

@@ -86,7 +86,7 @@ class Profile:
         if self.images and self.family.name != symmetry.FAMILY:
             raise ValueError(f"images=True is for {symmetry.FAMILY}; {self.family.name} has no symmetries to use")
         _ = self.policy  # its own checks
-        per_stream = self.source.steps // (self.source.n_envs * self.family.horizon)
+        per_stream = self.stream_episodes
         if self.kept is not None:  # at most: what is left by equal distances, `Windows` checks
             per_stream = min(per_stream, self.kept)
         if self.window.needed > per_stream:
@@ -123,6 +123,11 @@ class Profile:
     def macaw_tasks(self) -> tuple[Task, ...]:
         """The test tasks of MACAW's split, for published numbers; none where the family is not in it."""
         return task_family(self.family.name, "macaw").test_tasks if self.family.name in MACAW else ()
+
+    @property
+    def stream_episodes(self) -> int:
+        """Whole episodes in one history of the source."""
+        return self.source.steps_each // self.family.horizon
 
     @property
     def agent(self) -> str:
@@ -175,16 +180,6 @@ _PRESETS = {
 }
 
 
-def check_profile(name: str) -> str:
-    """Return `name` if it is a profile.
-
-    Raises:
-        ValueError: it is not; the message lists the profiles.
-    """
-    check_known("profile", name, PROFILES)
-    return name
-
-
 def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, **changes) -> Profile:
     """Return the settings of a profile.
 
@@ -197,11 +192,10 @@ def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, *
     Raises:
         ValueError: unknown profile, family or field, or settings that do not fit each other.
     """
-    check_profile(name)
+    check_known("profile", name, PROFILES)
     allowed = [f for f in Profile.__dataclass_fields__ if f not in ("name", "family", "seed")]
     for key in changes:
-        if key not in allowed:
-            raise ValueError(f"unknown setting {key!r}; choose from {', '.join(allowed)}")
+        check_known("setting", key, allowed)
     kind = task_family(family)
     best = recipe(family)
     tiny = {"steps": 32 * kind.horizon, "n_envs": 4, "streams": 2, "batch_size": 200, "n_epochs": 2}
@@ -272,7 +266,7 @@ def shown(settings: Profile, histories: Iterable[LearningHistory]) -> list[Learn
     return list(histories)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class References:
     """The two ends of the normalised score, task by task.
 

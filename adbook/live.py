@@ -232,9 +232,8 @@ class LivePlayer(RolloutPlayer):
         self._stop.set()
         if change.new:
             self._stop = threading.Event()
-            thread = threading.Thread(target=self._work, args=(self._stop, self._thread), daemon=True)
-            thread.start()
-            self._thread = thread
+            self._thread = threading.Thread(target=self._work, args=(self._stop, self._thread), daemon=True)
+            self._thread.start()
 
     def _work(self, stop: threading.Event, previous: threading.Thread | None) -> None:
         trouble = ""

@@ -121,11 +121,9 @@ class _PageRenderer(MimetypeRenderer):
             validate=False,
             config={"responsive": True, "displaylogo": False},
         )
-        caption = f"<figcaption>{html.escape(meta['caption'])}</figcaption>" if meta.get("caption") else ""
         return {
             "text/html": f'<figure class="adbook-figure"><style>{_CSS}</style>{_LOADER.format(self.script)}'
-            f'<div role="img" aria-label="{html.escape(_alt(fig_dict["layout"], meta))}">{plot}</div>'
-            f"{caption}</figure>"
+            f'<div role="img" aria-label="{html.escape(_alt(fig_dict["layout"], meta))}">{plot}</div></figure>'
         }
 
 
@@ -144,20 +142,19 @@ pio.renderers["adbook"] = _PageRenderer()
 pio.renderers.default = "plotly_mimetype+adbook"
 
 
-def describe(figure: go.Figure, alt: str, caption: str | None = None) -> go.Figure:
+def describe(figure: go.Figure, alt: str) -> go.Figure:
     """Attach the text that stands for the figure where it cannot be seen; returns the same figure.
 
     Args:
         figure: Any plotly figure.
         alt: What a reader who does not see it should know: what is plotted and what it shows.
-        caption: Printed below the figure. In a chapter prefer the cell's metadata, which numbers the figure.
 
     Raises:
         ValueError: The alternative text is empty.
     """
     if not alt.strip():
         raise ValueError("alt is empty; say what is plotted and what it shows.")
-    return figure.update_layout(meta={"alt": alt, "caption": caption})
+    return figure.update_layout(meta={"alt": alt})
 
 
 def style(method: str, position: int = 0) -> Style:

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adbook.scan import backends, selective_scan
+from adbook.checks import check_positive, check_whole
+from adbook.scan import numba_missing, selective_scan
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,10 @@ class MambaConfig:
         """Check the values."""
         names = ["d_model", "n_layers", "d_state", "d_conv", "expand"]
         for name in names if self.dt_rank is None else [*names, "dt_rank"]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not self.dt_init_floor > 0:
-            raise ValueError(f"dt_init_floor is {self.dt_init_floor}; it must be positive")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"dt_min is {self.dt_min} and dt_max {self.dt_max}; needed is 0 < dt_min <= dt_max")
+            check_whole(name, getattr(self, name))
+        check_positive(self, ("dt_min", "dt_max", "dt_init_floor"))
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min} must not be more than dt_max={self.dt_max}")
 
     @property
     def d_inner(self) -> int:
@@ -187,7 +185,7 @@ def check_tokens(tokens: Tensor, width: int) -> None:
 def _fusible(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled CPU path can be taken."""
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return on_cpu and backends()["numba"] is None
+    return on_cpu and numba_missing() is None
 
 
 class _Residual(nn.Module):

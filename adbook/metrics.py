@@ -143,11 +143,13 @@ def probability_of_improvement(scores: ArrayLike, others: ArrayLike) -> float:
         others: ``(S', n)`` of the other.
 
     Raises:
-        ValueError: The tasks differ in number, or there is no score.
+        ValueError: The tasks differ in number, there is no score, or one is not a number.
     """
     scores, others = (np.asarray(x, dtype=np.float64) for x in (scores, others))
     if scores.ndim != 2 or others.ndim != 2 or scores.shape[1] != others.shape[1] or not scores.size or not others.size:
         raise ValueError(f"scores {scores.shape} and {others.shape} must be (seeds, tasks) of the same tasks.")
+    if np.isnan(scores).any() or np.isnan(others).any():
+        raise ValueError("a score is not a number; leave out or repeat the run that has none.")
     pairs = scores[:, None] - others  # (S, S', n)
     return float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from adbook.checks import check_whole
+
 if TYPE_CHECKING:
     import gymnasium
 
@@ -50,7 +52,8 @@ def play(
         ValueError: As `rollout`, before the first step.
         RuntimeError: A parameter of the policy has changed by the end; not where the play is closed before it.
     """
-    _check_request(policy, family, tasks, episodes)
+    episodes, seed = (int(x) if isinstance(x, np.integer) else x for x in (episodes, seed))
+    _check_request(policy, family, tasks, episodes, seed)
     children = np.random.SeedSequence(seed).spawn(len(tasks) + 1)
     policy_seed, *env_seeds = (int(child.generate_state(1)[0]) for child in children)
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
@@ -175,15 +178,11 @@ def _qpos(env: gymnasium.Env) -> np.ndarray:
     return env.unwrapped.data.qpos.astype(np.float32)
 
 
-def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task], episodes: int) -> None:
+def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task], episodes: int, seed: int) -> None:
     """Refuse what cannot work before any environment is made."""
-    if not tasks:
-        raise ValueError("tasks is empty; give at least one, for example family.test_tasks.")
-    if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; it must be at least 1.")
-    foreign = sorted({task.family for task in tasks} - {family.name})
-    if foreign:
-        raise ValueError(f"tasks of {', '.join(foreign)} given with family {family.name!r}; use its own.")
+    family.check(tasks)
+    check_whole("episodes", episodes)
+    check_whole("seed", seed, 0)
     check_fits(policy, family)
 
 

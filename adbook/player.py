@@ -16,15 +16,11 @@ import traitlets
 from numpy.typing import ArrayLike
 
 from adbook.embedded import WEB, Embedded, script
-from adbook.exhibit import LiveReacher
 from adbook.look import style
 from adbook.recording import check, recording
 from adbook.rollout import Rollout
 from adbook.scene import scene
 from adbook.tasks import Task, family
-
-__all__ = ["LiveReacher", "OutOfRangeError", "RolloutPlayer"]
-# One script, since an anywidget's is one: what is drawn from, how it is drawn, and what is done with it.
 
 
 class OutOfRangeError(traitlets.TraitError, ValueError):

@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
+from adbook.checks import check_known
 from adbook.look import GREY, METHODS, Style, describe, style
 from adbook.metrics import iqm, stratified_bootstrap
 
@@ -60,8 +61,9 @@ def in_context_curve(
     Raises:
         ValueError: Another quantity, or curves of another shape.
     """
-    if quantity not in _QUANTITIES:
-        raise ValueError(f"quantity is {quantity!r}; it must be one of {', '.join(map(repr, _QUANTITIES))}.")
+    check_known("quantity", quantity, _QUANTITIES)
+    if not curves:
+        raise ValueError("curves is empty; give those of one method at least.")
     figure, told = go.Figure(), []
     for i, (name, values) in enumerate(curves.items()):
         values = _with_seeds(name, values, ndim=3)

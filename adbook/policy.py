@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from adbook.checks import check_known, check_positive, check_whole, is_number
 from adbook.files import write_whole
 from adbook.mamba import Mamba, MambaConfig
 from adbook.transformer import Transformer, TransformerConfig
@@ -60,14 +61,12 @@ class PolicyConfig:
 
     def __post_init__(self):
         """Check the values."""
-        if self.head not in HEADS:
-            raise ValueError(f"unknown head {self.head!r}; choose one of {', '.join(HEADS)}")
+        check_known("head", self.head, HEADS)
         for name in ("observation_size", "action_size", "embedding"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.action_scale < math.inf:
-            raise ValueError(f"action_scale={self.action_scale} must be a positive number")
-        if not self.log_std_min < self.log_std_max:
+            check_whole(name, getattr(self, name))
+        check_positive(self, ("action_scale",))
+        bounds = self.log_std_min, self.log_std_max
+        if not (all(map(is_number, bounds)) and bounds[0] < bounds[1]):
             raise ValueError(f"log_std_min={self.log_std_min} must be less than log_std_max={self.log_std_max}")
 
     @property
@@ -245,7 +244,7 @@ class ADPolicy(nn.Module):
         if half:
             weights |= {name: weights[name].half() for name, _ in self.named_parameters()}
         config = json.dumps(described | {"about": about or {}}, indent=1)
-        write_whole(path / "model.safetensors", lambda file: save_file(weights, file))
+        write_whole(path / "model.safetensors", lambda file: file.write_bytes(save(weights)))
         write_whole(path / "config.json", lambda file: file.write_text(config + "\n"))
         return path
 

@@ -172,7 +172,7 @@ def variants(settings: Profile) -> list[tuple[str, str, dict[str, Any]]]:
 
 def _spacing(settings: Profile) -> int:
     """Episodes from one that a window keeps to the next."""
-    episodes = settings.kept or settings.source.steps_each // settings.family.horizon
+    episodes = settings.kept or settings.stream_episodes
     return settings.window.every or episodes // settings.window.episodes
 
 
@@ -226,13 +226,13 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers from 0 to below 2**63, one or more")
 
 
-def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str]) -> None:
+def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str] = ()) -> None:
     """Raise ValueError if `artifacts/results/name.json` holds agents or seeds that one in its place would lack."""
     try:
         there = load_result(name, experiments.RESULTS)
     except (FileNotFoundError, ValueError):  # none, or one that is damaged and to be made again
         return
-    lost = [agent for agent in there["weights"] if agent not in agents]
+    lost = [agent for agent in there.get("weights", ()) if agent not in agents]
     lost += [f"seed {seed}" for seed in there["seeds"] if seed not in seeds]
     if lost:
         path = experiments.RESULTS / f"{name}.json"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ _KIND = "adbook.Rollout"
 _ARRAYS = ("returns", "rewards", "actions", "qpos")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)  # arrays have no one answer to ==
 class Rollout:
     """Many episodes on many tasks with frozen weights; everything a score or the player needs.
 
@@ -124,7 +124,7 @@ class Rollout:
         described["tasks"] = [asdict(task) for task in self.tasks]
         header = {"kind": _KIND, "schema": str(SCHEMA), "json": json.dumps(described)}
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
-        return write_whole(path, lambda file: save_file(arrays, file, metadata=header))
+        return write_whole(path, lambda file: file.write_bytes(save(arrays, header)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rollout:

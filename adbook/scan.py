@@ -42,6 +42,7 @@ import sys
 import torch
 from torch import Tensor
 
+from adbook.checks import check_known
 from adbook.scan_torch import grouped, per_channel, reference, torch_scan
 
 
@@ -107,7 +108,8 @@ def backends() -> dict[str, str | None]:
     return {"reference": None, "torch": None} | {name: missing() for name, missing in _MISSING.items()}
 
 
-def _numba_missing() -> str | None:
+def numba_missing() -> str | None:
+    """Return why the compiled CPU path cannot be taken, or None."""
     return None if _is_installed("numba") else "numba is not installed"
 
 
@@ -127,7 +129,7 @@ def _mamba_ssm_missing() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
-_MISSING = {"numba": _numba_missing, "triton": _triton_missing, "mamba_ssm": _mamba_ssm_missing}
+_MISSING = {"numba": numba_missing, "triton": _triton_missing, "mamba_ssm": _mamba_ssm_missing}
 _GPU_BACKENDS = ("mamba_ssm", "triton")  # in the order in which "auto" takes them
 
 
@@ -142,8 +144,7 @@ def _interpreted() -> bool:
 
 def _choose(backend: str, tensors: dict[str, Tensor], wide: torch.dtype, return_last_state: bool) -> str:
     """The backend to use; for a name given, check that it can be used for these tensors."""
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(('auto', *_BACKENDS))}")
+    check_known("backend", backend, ("auto", *_BACKENDS))
     if backend in ("reference", "torch"):
         return backend
     if backend != "auto":

@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from adbook.checks import check_positive, check_whole, is_number
+from adbook.checks import check_layers, check_positive, check_whole, is_number
 from adbook.droq import DroQ
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import Stream, TaskVector
@@ -164,8 +164,7 @@ _FUSED = {"optimizer_kwargs": {"fused": True}}  # one kernel for all weights of 
 def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
     for name in at_least_1:
         check_whole(name, getattr(config, name))
-    if not isinstance(config.hidden, tuple) or not all(type(w) is int and w >= 1 for w in config.hidden):
-        raise ValueError(f"hidden={config.hidden!r} must be a tuple of layer widths of at least 1, such as (64, 64)")
+    check_layers(config.hidden)
     for name in shares:
         if not is_number(getattr(config, name)) or not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)!r} must be from 0 to 1")
@@ -225,6 +224,7 @@ def learn(
 
     Stable-baselines3 draws from the global generators of random, numpy and torch, which are seeded with `seed`.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
@@ -233,6 +233,7 @@ def learn(
         model.set_logger(Logger(folder=None, output_formats=[]))
         model.learn(config.steps_each * config.n_envs, callback=_Tell(on_steps))
     finally:
+        torch.set_num_threads(threads)
         vector.close()
     return model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -81,7 +81,7 @@ def save_training(
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{prefix}/{i}/{name}": value for name, value in state.items()}
     header = {"kind": _TRAINING, "identity": identity, "log": json.dumps(log)}
-    write_whole(path, lambda file: save_file(tensors, file, metadata=header))
+    write_whole(path, lambda file: file.write_bytes(save(tensors, header)))
 
 
 def load_training(

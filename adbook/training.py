@@ -120,9 +120,9 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(policy, config), lr=config.learning_rate, betas=config.betas)
     identity = content_hash(asdict(policy.config), asdict(config), asdict(windows.config), _digest(windows))
     log = TrainingLog([])
+    model, optimizer = fabric.setup(policy, optimizer)  # first: an optimiser's state is loaded to where its weights are
     if checkpoint is not None and Path(checkpoint).exists():
         log = TrainingLog(**load_training(checkpoint, policy, [optimizer], identity))
-    model, optimizer = fabric.setup(policy, optimizer)
     model.mark_forward_method("loss")
     model.train()
     first = len(log.losses)
@@ -152,7 +152,23 @@ def train(
 
 
 def set_statistics(policy: ADPolicy, windows: Windows) -> None:
-    """Set the policy's normalisation from the histories behind `windows`."""
+    """Set the policy's normalisation from the histories behind `windows`.
+
+    Raises:
+        ValueError: the policy is of other sizes than the histories, or their actions are larger than its largest.
+    """
+    config, first = policy.config, windows.histories[0]
+    for name, width in (("observation_size", first.observations.shape[1]), ("action_size", first.actions.shape[1])):
+        if getattr(config, name) != width:
+            raise ValueError(
+                f"{name}={getattr(config, name)} of the policy does not fit histories of {width}; use {width}"
+            )
+    largest = max(float(np.abs(history.actions).max()) for history in windows.histories)
+    if largest > 1.001 * config.action_scale:  # what is kept in 16 bits can be rounded up
+        told = (
+            f"actions of {largest:.3g} are in the histories; the policy's largest is action_scale={config.action_scale}"
+        )
+        raise ValueError(f"{told}; give it that of the family")
     observations = np.concatenate([history.observations for history in windows.histories])
     rewards = np.concatenate([history.rewards for history in windows.histories])
     returns = [torch.from_numpy(np.asarray(history.episode_returns)) for history in windows.histories]

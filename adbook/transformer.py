@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adbook.checks import check_whole, is_number
 from adbook.mamba import check_tokens
 
 _ROTARY_BASE = 10_000.0  # the slowest pair of a head turns once in about 2π × this many tokens
@@ -48,15 +49,13 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         for name in ("d_model", "n_layers", "n_heads", "context"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not (self.hidden >= 1 and self.hidden == self.mlp * self.d_model):
-            raise ValueError(f"mlp is {self.mlp!r}; times d_model ({self.d_model}) it must be a whole number from 1 on")
+            check_whole(name, getattr(self, name))
+        if not is_number(self.mlp) or not (self.hidden >= 1 and self.hidden == self.mlp * self.d_model):
+            raise ValueError(f"mlp={self.mlp!r} times d_model ({self.d_model}) must be a whole number of at least 1")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
-                f"d_model is {self.d_model} and n_heads {self.n_heads}; d_model must be a multiple of 2 × n_heads "
-                f"({2 * self.n_heads}), so that rotary positions can turn pairs of numbers"
+                f"d_model={self.d_model} must be a multiple of 2 × n_heads ({2 * self.n_heads}), so that rotary "
+                "positions can turn pairs of numbers"
             )
 
     @property
@@ -67,7 +66,7 @@ class TransformerConfig:
     @property
     def hidden(self) -> int:
         """Hidden width of the network after the attention."""
-        return round(self.mlp * self.d_model) if math.isfinite(self.mlp) else 0
+        return round(self.mlp * self.d_model)
 
 
 class LayerCache:

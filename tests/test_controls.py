@@ -70,6 +70,11 @@ def test_only_the_task_that_begins_an_episode_has_its_past_shuffled(policy):
 def test_with_a_context_that_is_reset_every_episode_is_a_first_one(policy):
     wiped = reset_every_episode(policy, REACHER, TASKS, episodes=3, seed=4)
     assert wiped.shape == (3, 3)
-    for k in range(3):
-        first = rollout(policy, REACHER, TASKS, episodes=2, seed=4 + k)
+    for k, seed in enumerate(np.random.SeedSequence(4).generate_state(3)):
+        first = rollout(policy, REACHER, TASKS, episodes=2, seed=seed)
         np.testing.assert_array_equal(wiped[:, k], first.returns[:, 0])
+
+
+def test_two_seeds_share_no_dice_in_episodes_that_are_reset(policy):
+    one, other = (reset_every_episode(policy, REACHER, TASKS, episodes=3, seed=seed) for seed in (4, 5))
+    assert len(np.unique([*one.ravel(), *other.ravel()])) == 2 * one.size

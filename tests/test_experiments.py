@@ -56,7 +56,7 @@ def test_a_policy_can_take_every_action_of_its_family(family):
     [
         ({"name": "laptpo"}, "'laptpo'.*did you mean 'laptop'.*smoke, laptop, paper"),
         ({"family": "reacher"}, "'reacher'.*did you mean 'reacher-goal'.*ant-dir"),
-        ({"layers": 3}, "'layers'.*choose from.*backbone"),
+        ({"layers": 3}, "unknown setting 'layers'.*backbone"),
         ({"seed": "one"}, "seed='one' must be a whole number of at least 0"),
         ({"seed": -1}, "seed=-1 must"),
         ({"n_tasks": 129}, "n_tasks=129 must be from 1 to 128"),
@@ -102,6 +102,7 @@ def test_a_policy_is_trained_once_and_another_setting_is_another_policy(runs, ca
     policy, log = trained_policy(settings, progress=False)
     loaded, same_log = trained_policy(settings, progress=False)
     assert "policy: loaded" in capsys.readouterr().out
+    assert not list(runs.rglob("training.safetensors"))
     assert same_log == log
     for name, value in policy.state_dict().items():
         np.testing.assert_array_equal(value, loaded.state_dict()[name])
@@ -300,3 +301,11 @@ def test_results_are_refused_before_any_training(arguments, message, runs, monke
     results.save_result("reacher-goal-smoke", {"seeds": [0, 4], "weights": {"mamba": 1, "transformer": 1}}, runs)
     assert main(["results", "--profile", "smoke", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ablations", "baselines"])
+def test_no_command_replaces_a_result_by_one_of_fewer_seeds(command, runs, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "RESULTS", runs)
+    results.save_result(f"{command}-reacher-goal-smoke", {"seeds": [0, 4]}, runs)
+    assert main([command, "--profile", "smoke", "--seeds", "0"]) == 2
+    assert "would lose seed 4; name them too" in capsys.readouterr().err

@@ -174,11 +174,12 @@ def test_narrow_and_wide_weights_take_the_plain_path():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d_model": 0}, "d_model is 0; it must be a whole number of at least 1"),
-        ({"n_layers": 2.0}, "n_layers is 2.0"),
-        ({"dt_rank": -1}, "dt_rank is -1"),
-        ({"dt_min": 0.2}, "dt_min is 0.2 and dt_max 0.1; needed is 0 < dt_min <= dt_max"),
-        ({"dt_init_floor": 0.0}, "dt_init_floor is 0.0; it must be positive"),
+        ({"d_model": 0}, "d_model=0 must be a whole number of at least 1"),
+        ({"n_layers": 2.0}, "n_layers=2.0 must be a whole number"),
+        ({"d_conv": True}, "d_conv=True must be a whole number"),
+        ({"dt_rank": -1}, "dt_rank=-1 must be"),
+        ({"dt_min": 0.2}, "dt_min=0.2 must not be more than dt_max=0.1"),
+        ({"dt_init_floor": "x"}, "dt_init_floor='x' must be a positive number"),
     ],
 )
 def test_a_config_is_checked(changes, message):

@@ -19,6 +19,8 @@ def test_the_probability_of_improvement_compares_all_pairs_of_seeds_on_a_task():
     assert metrics.probability_of_improvement(theirs, ours) == pytest.approx(1 - (4 / 6 + 0.5) / 2)
     with pytest.raises(ValueError, match=r"\(2, 2\) and \(1, 3\) must be .* same tasks"):
         metrics.probability_of_improvement(ours, [[1.0, 2.0, 3.0]])
+    with pytest.raises(ValueError, match="a score is not a number"):
+        metrics.probability_of_improvement(ours, [[1.0, np.nan]])
 
 
 def test_episodes_to_a_score_are_counted_from_one():

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import adbook
+from adbook import experiments
 from adbook.baselines import mql, mql_adaptation, mql_replay
 from adbook.baselines.mql import MQL, Learner
 from adbook.baselines.mql_adaptation import AdaptationConfig, AdaptingMQL, effective_sample_size, fit_propensity
 from adbook.baselines.mql_replay import MQLConfig, Replay
+from adbook.baselines.runs import mql_config
 
 TINY = MQLConfig(2, 1, horizon=5, hidden=(6,), context=3, memory=4, batch=8)
 QUICK = AdaptationConfig(steps=8, new_updates=2, old_updates=4, old_batch=8, samples=20)
@@ -53,6 +55,15 @@ def test_a_thinned_replay_keeps_whole_stretches_from_starts_of_episodes():
     np.testing.assert_array_equal(thin.rewards[:, 0] / 2, [5, 6, 7, 8, 9, 15, 16, 17, 18, 19])
     np.testing.assert_array_equal((thin.rewards[:, 1] - 1) / 2, [5, 6, 7, 8, 9, 17, 18, 19, 20, 21])
     np.testing.assert_array_equal(thin.at(np.array([5]), np.array([0])).past[..., -1], [[0, 0, 0]])
+    with pytest.raises(ValueError, match="begins and ends after the first 22 of 24 steps of a task; raise steps or"):
+        replay.thinned(2, skip=22)
+
+
+@pytest.mark.parametrize("name", adbook.FAMILIES)
+def test_a_smoke_run_leaves_whole_episodes_to_keep(name):
+    settings = experiments.profile("smoke", name)
+    config, _ = mql_config(settings)
+    assert config.steps - config.random_steps >= 2 * settings.n_tasks * config.horizon
 
 
 def test_contexts_at_play_are_those_of_the_replay():
@@ -290,7 +301,12 @@ def test_it_survives_the_disk_with_its_replay(tmp_path, model):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"context": 0}, "context=0 must be a whole"), ({"tau": 0.0}, r"tau=0\.0 must be a positive number")],
+    [
+        ({"context": 0}, "context=0 must be a whole"),
+        ({"tau": 0.0}, r"tau=0\.0 must be a positive number"),
+        ({"hidden": ()}, r"hidden=\(\) must be a tuple of layer widths"),
+        ({"random_steps": 10**6}, "random_steps=1000000 must be less than steps="),
+    ],
 )
 def test_settings_that_cannot_run_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

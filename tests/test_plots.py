@@ -93,11 +93,10 @@ def test_figure_without_alternative_text_warns_and_says_at_least_its_axes():
     assert 'aria-label="a &amp; b against time (s)"' in page
 
 
-def test_described_figure_shows_its_caption_escaped():
-    figure = plots.describe(go.Figure(), alt='a "quoted" <tag>', caption="x < y")
+def test_alternative_text_is_escaped():
+    figure = plots.describe(go.Figure(), alt='a "quoted" <tag>')
     page = pio.renderers["adbook"].to_mimebundle(figure.to_dict())["text/html"]
     assert 'aria-label="a &quot;quoted&quot; &lt;tag&gt;"' in page
-    assert "<figcaption>x &lt; y</figcaption>" in page
 
 
 def test_empty_alternative_text_is_refused():
@@ -204,7 +203,9 @@ def test_impulse_response_tells_how_long_ninety_percent_take():
 def test_wrong_shapes_and_quantities_are_refused():
     with pytest.raises(ValueError, match=r"'mamba' has shape \(4,\); it must be \(seeds, tasks, episodes\)"):
         plots.in_context_curve({"mamba": np.zeros(4)}, rng=rng())
-    with pytest.raises(ValueError, match="quantity is 'reward'; it must be one of 'score', 'return'"):
+    with pytest.raises(ValueError, match="curves is empty"):
+        plots.in_context_curve({}, rng=rng())
+    with pytest.raises(ValueError, match="unknown quantity 'reward'; choose one of score, return"):
         plots.in_context_curve({"mamba": curves()}, rng=rng(), quantity="reward")
     with pytest.raises(ValueError, match=r"'mse' has shape \(1, 2, 3\); it must be \(seeds, tasks\)"):
         plots.score_bars({"mse": np.zeros((1, 2, 3))}, rng=rng())

@@ -1,6 +1,7 @@
 """The policy: one-step form equals parallel form, only the past counts, and files are checked before they are used."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,15 +258,22 @@ def test_a_saved_policy_is_the_same_policy(tmp_path, backbone, head):
     assert json.loads((folder / "config.json").read_text())["about"] == {"date": "today"}
 
 
+def test_others_may_read_what_is_saved_as_far_as_the_umask_lets_them(tmp_path):
+    folder = make_policy().save_pretrained(tmp_path / "policy")
+    (tmp_path / "ordinary").touch()
+    modes = {file.stat().st_mode for file in (*folder.iterdir(), tmp_path / "ordinary")}
+    assert len(modes) == 1
+
+
 def test_an_interrupted_save_leaves_the_old_weights(tmp_path, monkeypatch):
     folder = make_policy().save_pretrained(tmp_path / "policy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def half_written(weights, file):
-        file.write_bytes(b"half")
+    def half_written(file, weights):
+        file.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adbook.policy.save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(KeyboardInterrupt):
         make_policy(head="mse").save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -330,9 +338,11 @@ def test_a_missing_policy_is_told_what_is_missing(saved, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": "categorical"}, "unknown head 'categorical'; choose one of gaussian, mse"),
-        ({"observation_size": 0}, "observation_size=0 must be at least 1"),
-        ({"embedding": -1}, "embedding=-1 must be at least 1"),
+        ({"head": "categorical"}, "unknown head 'categorical'.*; choose one of gaussian, mse"),
+        ({"observation_size": 0}, "observation_size=0 must be a whole number of at least 1"),
+        ({"embedding": 1.5}, "embedding=1.5 must be a whole number of at least 1"),
+        ({"action_scale": "1"}, "action_scale='1' must be a positive number"),
+        ({"log_std_min": 2.0}, "log_std_min=2.0 must be less than log_std_max=1.0"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):

@@ -1,8 +1,8 @@
 # ruff: noqa: D101, D102, D105, D107 - stand-ins for environments and policies, whose methods are known
 """Rollouts: what the policy is fed, what is written down, and that nothing is learnt but in context."""
 
-import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -64,6 +64,13 @@ class ToyFamily:
 
     def __post_init__(self):
         self.envs = []
+
+    def check(self, tasks):
+        """As `TaskFamily.check`, without a range of goals."""
+        if not tasks:
+            raise ValueError("tasks is empty")
+        if any(task.family != self.name for task in tasks):
+            raise ValueError(f"tasks of {tasks[0].family} given with family {self.name!r}")
 
     def make(self, task):
         self.envs.append(ToyEnv(task))
@@ -209,7 +216,7 @@ def test_record_is_what_the_environments_took_and_gave(reacher, random_play):
             log.append((action, result[1], before, self.unwrapped.data.qpos.copy()))
             return result
 
-    log, spied = [], SimpleNamespace(**vars(reacher), make=lambda task: Spy(reacher.make(task)))
+    log, spied = [], SimpleNamespace(**vars(reacher), check=reacher.check, make=lambda task: Spy(reacher.make(task)))
     rollout(RandomPolicy(2), spied, random_play.tasks, episodes=2, seed=5)
     # 3 tasks are stepped in turn: (2 episodes · 50 steps, 3 tasks) -> (tasks, episodes, steps)
     actions, rewards, before, after = (
@@ -271,7 +278,9 @@ def test_random_actions_fill_their_range():
     ("change", "message"),
     [
         ({"tasks": ()}, "tasks is empty"),
-        ({"episodes": 0}, "episodes is 0"),
+        ({"episodes": 0}, "episodes=0 must be a whole number of at least 1"),
+        ({"episodes": 2.5}, "episodes=2.5 must be a whole number"),
+        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
         ({"tasks": (Task("ant-dir", (0.0,), "test", 0),)}, "tasks of ant-dir given with family 'toy'"),
     ],
 )
@@ -303,11 +312,11 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(played, tmp_p
     path = played[0].save(tmp_path / "r.safetensors")
     before = path.read_bytes()
 
-    def interrupted(arrays, target, metadata):
-        target.write_bytes(b"half")
+    def interrupted(file, data):
+        file.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[Rollout.__module__], "save_file", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         played[0].save(path)
     assert path.read_bytes() == before

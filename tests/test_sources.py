@@ -95,6 +95,14 @@ def test_tasks_have_dice_of_their_own(reacher):
     assert _dice(reacher.train_tasks[0], 0) != _dice(reacher.train_tasks[0], 1)
 
 
+def test_a_run_leaves_its_caller_as_many_threads_as_it_had(reacher, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    run_source(reacher, reacher.train_tasks[0], PPO, seed=0)
+    assert (set_to[0], set_to[-1]) == (1, 7)
+
+
 def test_a_source_tells_how_far_it_is(reacher):
     told = []
     run_source(reacher, reacher.train_tasks[0], PPO, seed=0, on_steps=told.append)

@@ -252,6 +252,19 @@ def test_settings_that_cannot_run_are_refused(changes, message):
         TrainingConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observation_size": 5}, r"observation_size=5 of the policy does not fit histories of \d; use \d"),
+        ({"action_scale": 0.01}, "actions of .* in the histories; the policy's largest is action_scale=0.01; give it"),
+    ],
+)
+def test_a_policy_that_does_not_fit_its_histories_is_refused_before_the_first_update(changes, message):
+    policy = ADPolicy(replace(make_policy().config, **changes))
+    with pytest.raises(ValueError, match=message):
+        train(policy, make_windows(), SHORT, progress=False)
+
+
 PROGRAM = """
 import sys
 for name in ("gymnasium", "mujoco", "stable_baselines3"):

@@ -151,13 +151,14 @@ def test_residual_branches_start_smaller_in_deeper_stacks():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context": 0}, "context is 0; it must be a whole number of at least 1"),
-        ({"mlp": 1.51}, r"mlp is 1.51; times d_model \(64\)"),
-        ({"mlp": 0}, "mlp is 0;"),
-        ({"mlp": float("nan")}, "mlp is nan;"),
+        ({"context": 0}, "context=0 must be a whole number of at least 1"),
+        ({"mlp": 1.51}, r"mlp=1.51 times d_model \(64\)"),
+        ({"mlp": 0}, "mlp=0 times"),
+        ({"mlp": float("nan")}, "mlp=nan times"),
+        ({"mlp": "4"}, "mlp='4' times"),
         (
             {"d_model": 60, "n_heads": 8},
-            r"d_model is 60 and n_heads 8; d_model must be a multiple of 2 × n_heads \(16\)",
+            r"d_model=60 must be a multiple of 2 × n_heads \(16\)",
         ),
     ],
 )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from adbook.checks import check_positive, check_whole
+from adbook.checks import check_layers, check_positive, check_whole
 from adbook.files import content_hash
 from adbook.histories import LearningHistory
 from adbook.stored import load_module, load_training, save_module, save_training
@@ -75,6 +75,8 @@ class MACAWConfig:
             check_whole(name, getattr(self, name))
         check_whole("seed", self.seed, 0)
         check_positive(self, ("action_scale", "std", "temperature", "max_weight", "learning_rate", "inner_rate"))
+        check_positive(self, ("rate_learning_rate",))
+        check_layers(self.hidden, 1)
 
 
 class Transitions(NamedTuple):

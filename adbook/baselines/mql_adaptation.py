@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from adbook.baselines.mql import MQL, Actor, Learner
 from adbook.baselines.mql_replay import Batch, MQLConfig, Replay, no_past, remembered
 from adbook.baselines.seen import Seen
+from adbook.checks import check_positive, check_whole
 from adbook.stored import load_module, save_module
 
 
@@ -41,6 +42,14 @@ class AdaptationConfig:
     l2: float = 0.025  # of its weights
     beta_max: float = 2.7
     beta_min: float = 0.1  # below it β counts as 0
+
+    def __post_init__(self):
+        """Refuse settings that cannot run, ValueError."""
+        for name in ("steps", "old_batch", "samples"):
+            check_whole(name, getattr(self, name))
+        for name in ("new_updates", "old_updates"):
+            check_whole(name, getattr(self, name), 0)
+        check_positive(self, ("learning_rate", "l2", "beta_max", "beta_min"))
 
 
 class Propensity(NamedTuple):

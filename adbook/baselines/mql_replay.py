@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adbook.checks import check_positive, check_whole
+from adbook.checks import check_layers, check_positive, check_whole
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class MQLConfig:
         for name in ("random_steps", "seed"):
             check_whole(name, getattr(self, name), 0)
         check_positive(self, ("action_scale", "tau", "learning_rate", "policy_noise", "noise_clip", "updates_per_step"))
+        check_layers(self.hidden, 1)
+        if self.random_steps >= self.steps:
+            raise ValueError(f"random_steps={self.random_steps} must be less than steps={self.steps}")
 
 
 class Batch(NamedTuple):
@@ -110,11 +113,17 @@ class Replay(nn.Module):
         Args:
             episodes: stretches of a task, evenly spread over the steps.
             skip: steps of each task at the beginning that are left out.
+
+        Raises:
+            ValueError: a task has no such stretch.
         """
         length, kept = self.config.horizon, []
         for starts in (self.since_start[: self.steps] == 0).T:  # one row a task
             possible = starts.nonzero().flatten()
             possible = possible[(possible >= skip) & (possible <= self.steps - length)]
+            if not len(possible):
+                told = f"no episode of {length} steps begins and ends after the first {skip} of {self.steps} steps"
+                raise ValueError(f"{told} of a task; raise steps or lower random_steps")
             chosen = possible[torch.linspace(0, len(possible) - 1, episodes).long()]
             kept.append((chosen.unsqueeze(1) + torch.arange(length)).flatten())
         rows = torch.stack(kept, 1)  # (steps, tasks)

@@ -3,6 +3,7 @@
 python -m adbook baselines --family half-cheetah-vel      to `artifacts/baselines` and `artifacts/results`
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from adbook.baselines.mql import meta_train as meta_train_mql
 from adbook.baselines.mql_adaptation import AdaptationConfig, AdaptingMQL
 from adbook.baselines.mql_replay import MQLConfig
 from adbook.checks import check_known
-from adbook.datasets import load_histories
+from adbook.datasets import BEST, data_path, load_histories
 from adbook.experiments import ROOT, Profile, describe, evaluate, provenance, shown, source_histories
 from adbook.files import content_hash
 from adbook.histories import LearningHistory
 from adbook.tasks import Task
+from adbook.vectors import simulator
 
 METHODS = ("macaw", "macaw-online", "mql")
 BASELINES = ROOT / "artifacts" / "baselines"
@@ -42,7 +44,7 @@ _MACAW_SCALE = {
     "paper": {"updates": 200_000},
 }
 _MQL_SCALE = {
-    "smoke": {"hidden": (16, 16), "batch": 32, "steps": 800, "random_steps": 400, "updates_per_step": 0.02},
+    "smoke": {"hidden": (16, 16), "batch": 32, "updates_per_step": 0.02},
     "laptop": {"steps": 400_000},
     "paper": {"steps": 2_000_000, "updates_per_step": 1.0},
 }
@@ -61,6 +63,9 @@ def mql_config(settings: Profile) -> tuple[MQLConfig, AdaptationConfig]:
     if settings.name == "smoke":
         adaptation = AdaptationConfig(steps=50, new_updates=1, old_updates=2, old_batch=32, samples=50)
     own = (_MQL_ANT if ant else {}) | _MQL_SCALE[settings.name]
+    if settings.name == "smoke":  # four episodes of each task, two of them random
+        each = settings.n_tasks * settings.family.horizon
+        own |= {"steps": 4 * each, "random_steps": 2 * each}
     return MQLConfig(**_sizes(settings), horizon=settings.family.horizon, **own, seed=settings.seed), adaptation
 
 
@@ -213,7 +218,11 @@ def _path(method: str, settings: Profile, config: Any, recompute: bool) -> Path:
     """Where a meta-trained method is: in the repository, else among the runs; the name holds all that shapes it."""
     tasks = [task.goal for task in settings.train_tasks]
     parts = [asdict(part) for part in (config if isinstance(config, tuple) else (config,))]
-    hashed = content_hash(method, settings.family.name, tasks, settings.kept, settings.images, *parts)
+    data = simulator(settings.family.name)  # MQL learns in it; MACAW from the data set
+    if method == "macaw":
+        stored = data_path(settings.family.name, BEST[settings.family.name], "train")
+        data = hashlib.blake2b(stored.read_bytes()).hexdigest()
+    hashed = content_hash(method, settings.family.name, tasks, settings.kept, settings.images, data, *parts)
     name = f"{method}-{settings.family.name}-{settings.name}-seed{settings.seed}-{hashed}.safetensors"
     committed = BASELINES / name
     return committed if committed.is_file() and not recompute else experiments.RUNS / "baselines" / name

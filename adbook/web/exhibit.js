@@ -48,11 +48,13 @@ class Exhibit {
     ui.start.disabled = true;
     ui.root.classList.remove("adl-error");
     this.tell("loading");
+    let loaded = null;
     try {
-      const loaded = await this.load();
+      loaded = await this.load();
       if (this.removed) return loaded.environment.remove?.();
       this.open(loaded);
     } catch (error) {
+      loaded?.environment.remove?.();
       ui.start.disabled = false;
       this.fail(`${error.message} The exhibit cannot start.`);
       return;

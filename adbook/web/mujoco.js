@@ -113,6 +113,9 @@ let loaded = null; // MuJoCo, once for all robots of a page
 
 // The environment of a family; xml: gymnasium's model of its robot.
 export async function robot(family, xml) {
-  loaded ||= load();
+  loaded ||= load().catch(() => {
+    loaded = null; // so that the next press of the button tries again
+    throw new Error("MuJoCo for browsers could not be loaded.");
+  });
   return new ROBOTS[family](await loaded, xml);
 }

@@ -397,7 +397,7 @@ async function render({ model, el }) {
     ask();
   };
   const takeRecording = () => {
-    reading = reading.then(async () => {
+    reading = reading.catch(() => {}).then(async () => { // what could not be read is replaced by what can
       recorded = await decode(model);
       takeCurrent();
     });

@@ -43,10 +43,13 @@ export async function decode(model) {
       throw new Error(`The recording is damaged: ${name} cannot be read (${error.message}).`);
     }
   };
-  const frames = sum(await part("frames", A * n * K * F * Q), F, Q);
-  const [lengths, returns] = [model.get("lengths"), model.get("returns")];
-  const insight = model.get("insight");
-  const seen = insight.names ? await part("seen", insight.names.length * A * n * K * T) : null;
+  const [lengths, returns, insight] = ["lengths", "returns", "insight"].map((name) => model.get(name));
+  // Both are asked for at once: by the time that one is read, the model may hold a longer recording.
+  const [packed, seen] = await Promise.all([
+    part("frames", A * n * K * F * Q),
+    insight.names ? part("seen", insight.names.length * A * n * K * T) : null,
+  ]);
+  const frames = sum(packed, F, Q);
   const places = new Map(); // those that have been asked for
   return {
     A, n, K, T, scene, insight,
