@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from adbook.bench_context import bench_context, training_step
 from adbook.bench_exhibit import bench_exhibit
 from adbook.bench_player import bench_player
-from adbook.bench_scan import bench_gpu, bench_scan, mambapy_scan
+from adbook.bench_scan import bench_gpu, bench_scan, high_water, mambapy_scan
 from adbook.bench_sources import bench_droq, bench_sources
 from adbook.experiments import evaluate, profile
 from adbook.mamba import Mamba, MambaConfig
@@ -104,8 +102,7 @@ class _Timed(ADPolicy):
         start = time.perf_counter()
         result = super().act(*args, **kwargs)
         self.seconds.append(time.perf_counter() - start)
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-        self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        self.peaks.append(high_water())
         return result
 
 

@@ -219,13 +219,13 @@ def _measure_peak(method: str, batch: int, length: int) -> int:
     torch.set_num_threads(1)
     METHODS[method](1, min(length, 64))()  # load and compile
     work = METHODS[method](batch, length)
-    _ballast = bytearray(b"x") * max(_high_water() - psutil.Process().memory_info().rss, 0)  # now we are at the mark
-    before = _high_water()
+    _ballast = bytearray(b"x") * max(high_water() - psutil.Process().memory_info().rss, 0)  # now we are at the mark
+    before = high_water()
     work()
-    return _high_water() - before
+    return high_water() - before
 
 
-def _high_water() -> int:
+def high_water() -> int:
     """The most memory, in bytes, that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -229,7 +229,7 @@ def _steps_file(path: Path) -> Path:
 def _sweep(path: Path) -> None:
     """Remove what stood beside a run's file while it was made."""
     _steps_file(path).unlink(missing_ok=True)
-    _lock_file(path).unlink(missing_ok=True)  # who holds it or waits for it finds the run's file, and does nothing
+    _lock_file(path).unlink(missing_ok=True)  # who waits for it finds the run's file, or makes it
 
 
 def _teller(file: Path) -> Callable[[int], None]:

@@ -6,8 +6,9 @@ has a stream of its own, so that their kernels overlap. Windows are those of `ad
 the noise is drawn on the GPU, and so is another one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 
 import numpy as np
@@ -55,7 +56,7 @@ def train_side_by_side(
     tables: dict[tuple[int, ...], dict[str, Tensor]] = {}
     waiting, running = iter(enumerate(trainings)), {}
     while True:
-        for i, training in _up_to(at_once - len(running), waiting):
+        for i, training in islice(waiting, at_once - len(running)):
             key = tuple(id(history) for history in training.windows.histories)
             if key not in tables:
                 tables[key] = _table(training.windows, device)
@@ -75,10 +76,6 @@ def train_side_by_side(
                 run.advance()
     if failed:
         raise FloatingPointError("; ".join(failed))
-
-
-def _up_to(n: int, items: Iterator) -> Iterable:
-    return (item for _, item in zip(range(n), items, strict=False))
 
 
 def _table(windows: Windows, device: str) -> dict[str, Tensor]:

@@ -211,7 +211,11 @@ class AdaptingMQL(nn.Module):
 
 
 def as_replay(seen: Seen, i: int, config: MQLConfig) -> Replay:
-    """What was seen of task `i`. An episode's last step is kept if it was terminal; else nobody saw what came next."""
+    """What was seen of task `i`.
+
+    An episode's last step is kept if it is known to be terminal, because another episode began before the horizon; else
+    nobody saw what came next.
+    """
     replay = Replay(1, seen.steps, config)
     observations, actions, rewards = (x[i].unsqueeze(1) for x in seen[:3])  # (t, 1, …)
     for episode in seen.episodes(i):
