@@ -26,20 +26,28 @@ def answer(page):
     place(page)
 
 
-def send(page, player, **more):
-    """Set in the page what the kernel's player holds."""
+def held(player, **more):
+    """What the kernel's player holds, for a page."""
     state = {name: getattr(player, name) for name in (*STATE.split(), "episode", "step", "planned", "goal")}
     encoded = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in state.items()} | more
-    packed = [name for name, value in state.items() if isinstance(value, bytes)]
+    return [encoded, [name for name, value in state.items() if isinstance(value, bytes)]]
+
+
+def send(page, *messages):
+    """Set in the page what `held` gave, one after the other, each when the one before begins to be read."""
     page.evaluate(
-        """([state, packed]) => {
-          for (const name of packed) {
-            state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
+        """async (messages) => {
+          for (const [state, packed] of messages) {
+            for (let turn = 0; turn < 3; turn++) await null; // less than any reading takes
+            for (const name of packed) {
+              state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
+            }
+            // as one message has it
+            const order = Object.keys(state).sort((a, b) => (a === "frames") - (b === "frames"));
+            for (const name of order) test.model.set(name, state[name]);
           }
-          const order = Object.keys(state).sort((a, b) => (a === "frames") - (b === "frames")); // as one message has it
-          for (const name of order) test.model.set(name, state[name]);
         }""",
-        [encoded, packed],
+        messages,
     )
 
 
@@ -157,7 +165,7 @@ def test_running_streams_and_follows_until_the_reader_scrubs(open_page):
     page.get_by_role("button", name="Run").click()
     assert page.evaluate("['running', 'episodes', 'follow'].map((name) => test.model.get(name))") == [True, 3, True]
     kernel.run(1, wait=True)
-    send(page, kernel, planned=3)
+    send(page, held(kernel, planned=3))
     page.get_by_role("status").filter(has_text="Episode 1 of 3, step 50").wait_for()
     steps = iter(range(3))
     kernel.observe(lambda change: kernel._stop.set() if next(steps, None) is None else None, "current_steps")
@@ -166,7 +174,7 @@ def test_running_streams_and_follows_until_the_reader_scrubs(open_page):
     kernel.wait()
     t = kernel.current_steps[0]
     assert 0 < t < 50
-    send(page, kernel, planned=3)
+    send(page, held(kernel, planned=3))
     page.get_by_role("status").filter(has_text=f"Episode 2 of 3, step {t} ").wait_for()
     assert page.get_by_role("button", name="Stop").count() == 1
     assert (
@@ -206,3 +214,17 @@ def test_what_breaks_a_run_off_is_told_in_the_page(open_page):
     answer(page)
     page.evaluate("test.model.set('trouble', 'The run broke off: no reason')")
     page.get_by_role("alert").filter(has_text="no reason").wait_for()
+
+
+def test_a_recording_that_arrives_while_another_is_read_is_taken_up(open_page):
+    kernel = LivePlayer(
+        policy(MambaConfig(d_model=8, n_layers=1)), adbook.family("reacher-goal"), goal=(0.1, 0.05), pace=0
+    )
+    page = open_page(kernel)
+    answer(page)
+    messages = []
+    for _ in range(2):
+        kernel.run(1, wait=True)
+        messages.append(held(kernel))
+    send(page, *messages)
+    page.get_by_role("status").filter(has_text="Episode 2 of 2, step 50").wait_for()
