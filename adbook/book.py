@@ -25,8 +25,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from adbook import exhibit
-from adbook.checks import check_known
-from adbook.experiments import PROFILES, ROOT
+from adbook.experiments import ROOT, check_profile
 
 _WIDGET, _STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 _MOST_BYTES = {"a widget": 300_000, "all widgets": 1_500_000}  # that a page carries
@@ -51,7 +50,7 @@ def build(profile: str = "laptop", output: Path | None = None) -> Path:
         ValueError: the profile is unknown.
         BookError: a chapter failed, warned or shows a figure without its texts, or Sphinx warned.
     """
-    check_known("profile", profile, PROFILES)
+    check_profile(profile)
     chapters = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not chapters:
         raise BookError(f"no chapters in {ROOT / 'notebooks'}: install adbook with `pip install -e .` from a clone")

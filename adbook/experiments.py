@@ -180,6 +180,11 @@ _PRESETS = {
 }
 
 
+def check_profile(name: str) -> None:
+    """Raise ValueError if `name` is no profile; the message lists them."""
+    check_known("profile", name, PROFILES)
+
+
 def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, **changes) -> Profile:
     """Return the settings of a profile.
 
@@ -192,7 +197,7 @@ def profile(name: str = "laptop", family: str = "reacher-goal", seed: int = 0, *
     Raises:
         ValueError: unknown profile, family or field, or settings that do not fit each other.
     """
-    check_known("profile", name, PROFILES)
+    check_profile(name)
     allowed = [f for f in Profile.__dataclass_fields__ if f not in ("name", "family", "seed")]
     for key in changes:
         check_known("setting", key, allowed)

@@ -66,7 +66,7 @@ class PolicyConfig:
             check_whole(name, getattr(self, name))
         check_positive(self, ("action_scale",))
         bounds = self.log_std_min, self.log_std_max
-        if not (all(map(is_number, bounds)) and bounds[0] < bounds[1]):
+        if not (all(is_number(bound) or bound in (-math.inf, math.inf) for bound in bounds) and bounds[0] < bounds[1]):
             raise ValueError(f"log_std_min={self.log_std_min} must be less than log_std_max={self.log_std_max}")
 
     @property

@@ -207,7 +207,7 @@ def family(name: str, split: str = "default") -> TaskFamily:
     check_known("task family", name, FAMILIES)
     spec = _spec(name, split)
     allowed = SPLITS if spec.macaw else SPLITS[:1]
-    check_known(f"split of {name}", split, allowed)
+    check_known("split", split, allowed)
     train, test = _macaw_goals(spec) if split == "macaw" else _default_goals(spec)
     env = spec.env()
     sizes = env.observation_space.shape[0], env.action_space.shape[0], float(env.action_space.high[0])

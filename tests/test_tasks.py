@@ -339,7 +339,7 @@ def test_an_unknown_family_is_answered_with_the_known_ones(wrong, hint):
 
 @pytest.mark.parametrize(("name", "allowed"), [("reacher-goal", "default$"), ("ant-dir", "default, macaw$")])
 def test_an_unknown_split_is_answered_with_the_known_ones(name, allowed):
-    with pytest.raises(ValueError, match=f"unknown split 'macau' of '{name}'; choose one of {allowed}"):
+    with pytest.raises(ValueError, match=f"unknown split 'macau'.*; choose one of {allowed}"):
         adbook.family(name, split="macau")
 
 
