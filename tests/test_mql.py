@@ -166,9 +166,17 @@ def test_contexts_that_are_alike_have_a_propensity_of_one():
     np.testing.assert_allclose(fit_propensity(contexts, contexts).beta(contexts), 1.0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("beta", "expected"), [([2, 2, 2, 2], 1.0), ([1, 0, 0, 0], 0.25), ([2, 1], 0.9)])
+@pytest.mark.parametrize(
+    ("beta", "expected"), [([2, 2, 2, 2], 1.0), ([1, 0, 0, 0], 0.25), ([2, 1], 0.9), ([0, 0], 0.0)]
+)
 def test_effective_sample_size_by_hand(beta, expected):
     assert effective_sample_size(np.array(beta, float)) == pytest.approx(expected)
+
+
+def test_a_weight_in_the_loss_is_cut_above_and_dropped_below():
+    propensity = mql_adaptation.Propensity(np.array([1.0, 0.0]), np.array([[0.0], [1.0]]))  # β = e^context
+    contexts = np.log([[0.09], [0.5], [2.0], [9.0]])
+    np.testing.assert_allclose(propensity.counted(contexts, AdaptationConfig()), [0, 0.5, 2, 2.7])
 
 
 def test_adaptation_leaves_the_meta_trained_weights_and_moves_its_own(model):
@@ -222,6 +230,9 @@ def test_what_an_agent_has_seen_becomes_a_replay():
     np.testing.assert_array_equal(batch.terminated, [0, 0, 1, 0, 0, 0, 0])
     np.testing.assert_array_equal(batch.next_observations[[0, 1, 3, 6], 0], [1, 2, 4, 7])
     np.testing.assert_array_equal(batch.past[4, :, -1], [0, 0, 3])
+    seen = seen.acted(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([True, True])).rewarded(torch.full((2,), 8.0))
+    ended = mql_adaptation.as_replay(seen, 0, TINY)  # the last episode, of one step, has ended in a terminal state
+    assert ended.at(np.array([7]), np.array([0])).terminated.item() == 1
 
 
 def test_meta_training_repeats_itself_and_learns_from_all_tasks_in_order():

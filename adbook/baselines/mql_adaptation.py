@@ -6,8 +6,9 @@
 | ESS    | normalised effective sample size of β, 1 where all are equal                           |
 | λ      | 1 − ESS, how strongly the weights are drawn back to the meta-trained ones              |
 
-Note what ESS measures: how unequal the old transitions are, not how unlike the new ones. If all of them are equally
-unlike, ESS is 1, λ is 0, and no old transition has a weight.
+ESS measures how unequal the weights of old transitions are, not how unlike the new ones they are. It is taken of the
+weights that the loss uses: β, cut at its largest value and set to 0 below its smallest. Where all are 0, ESS is 0 and
+λ is 1.
 """
 
 import copy
@@ -62,6 +63,11 @@ class Propensity(NamedTuple):
         """Odds that contexts (B, memory) are the new task's, (B,)."""
         return np.exp((_with_bias(contexts, self.scale) @ self.weights).clip(-20, 20))
 
+    def counted(self, contexts: np.ndarray, config: AdaptationConfig) -> np.ndarray:
+        """Weights of transitions in the loss, (B,): β, cut at `beta_max`, and 0 below `beta_min`."""
+        beta = self.beta(contexts).clip(max=config.beta_max)
+        return np.where(beta < config.beta_min, 0.0, beta)
+
 
 def fit_propensity(new: np.ndarray, old: np.ndarray, l2: float = 0.025) -> Propensity:
     """Fit the logistic model to contexts (·, memory); each side counts one half, so β is 1 where both are alike."""
@@ -85,7 +91,9 @@ def _with_bias(contexts: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def effective_sample_size(beta: np.ndarray) -> float:
-    """Normalised effective sample size (Σβ)² / (m Σβ²), from 1 / m to 1."""
+    """Normalised effective sample size (Σβ)² / (m Σβ²), from 1 / m to 1; 0 where all β are."""
+    if not beta.any():
+        return 0.0
     return float(beta.sum() ** 2 / (len(beta) * (beta**2).sum()))
 
 
@@ -103,13 +111,12 @@ def adapt(model: MQL, new: Replay, old: Replay, config: AdaptationConfig, seed: 
     learner, whole = Learner(fitted, seed, config.learning_rate), new.at(np.arange(new.steps), np.zeros(new.steps, int))
     contexts = [_contexts(model, batch) for batch in (whole, old.sample(config.samples, rng))]
     propensity = fit_propensity(*contexts, config.l2)
-    pull = 1 - effective_sample_size(propensity.beta(contexts[1]))
+    pull = 1 - effective_sample_size(propensity.counted(contexts[1], config))
     for _ in range(config.new_updates):
         learner.update(whole, anchor=model, pull=pull)
     for _ in range(config.old_updates):
         batch = old.sample(config.old_batch, rng)
-        beta = propensity.beta(_contexts(model, batch)).clip(max=config.beta_max)
-        weights = torch.from_numpy(np.where(beta < config.beta_min, 0.0, beta)).float()
+        weights = torch.from_numpy(propensity.counted(_contexts(model, batch), config)).float()
         learner.update(batch, weights, anchor=model, pull=pull)
     return fitted.actor.eval()
 
@@ -211,15 +218,15 @@ class AdaptingMQL(nn.Module):
 
 
 def as_replay(seen: Seen, i: int, config: MQLConfig) -> Replay:
-    """What was seen of task `i`.
+    """What was seen of task `i` up to the end of an episode, as all is when a task adapts.
 
-    An episode's last step is kept if it is known to be terminal, because another episode began before the horizon; else
-    nobody saw what came next.
+    An episode's last step is kept if it was terminal, as fewer steps than the horizon tell; else nobody saw what came
+    next.
     """
     replay = Replay(1, seen.steps, config)
     observations, actions, rewards = (x[i].unsqueeze(1) for x in seen[:3])  # (t, 1, …)
     for episode in seen.episodes(i):
-        terminal = episode.stop - episode.start < config.horizon and episode.stop < seen.steps
+        terminal = episode.stop - episode.start < config.horizon
         for t in range(episode.start, episode.stop - (not terminal)):
             row = {"observations": observations[t], "actions": actions[t], "rewards": rewards[t]}
             last = t == episode.stop - 1

@@ -33,7 +33,8 @@ from adbook.vectors import simulator
 METHODS = ("macaw", "macaw-online", "mql")
 BASELINES = ROOT / "artifacts" / "baselines"
 
-# Published for Ant-Dir; what is published for Half-Cheetah-Vel is the default, also of the other families.
+# Published for an Ant-Dir of two directions, forwards and backwards; what is published for Half-Cheetah-Vel is the
+# default, also of the other families.
 _MQL_ANT = {"context": 25, "memory": 30, "learning_rate": 3e-4, "policy_noise": 0.4, "policy_delay": 4}
 _MQL_ANT |= {"exploration": 0.2, "random_steps": 60_000}
 _ADAPTATION_ANT = AdaptationConfig(new_updates=5, old_updates=400, l2=0.05, beta_max=3.3)
