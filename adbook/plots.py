@@ -59,7 +59,7 @@ def in_context_curve(
         quantity: "score" (0 random, 1 the source's end) or "return".
 
     Raises:
-        ValueError: Another quantity, or curves of another shape.
+        ValueError: Another quantity, no curve, or one of another shape.
     """
     check_known("quantity", quantity, _QUANTITIES)
     if not curves:

@@ -74,8 +74,8 @@ class MACAWConfig:
         for name in ("observation_size", "action_size", "latent", "batch", "tasks", "updates"):
             check_whole(name, getattr(self, name))
         check_whole("seed", self.seed, 0)
-        check_positive(self, ("action_scale", "std", "temperature", "max_weight", "learning_rate", "inner_rate"))
-        check_positive(self, ("rate_learning_rate",))
+        rates = "learning_rate", "inner_rate", "rate_learning_rate"
+        check_positive(self, ("action_scale", "std", "temperature", "max_weight", *rates))
         check_layers(self.hidden, 1)
 
 

@@ -28,7 +28,6 @@ from adbook.experiments import ROOT, Profile, describe, evaluate, provenance, sh
 from adbook.files import content_hash
 from adbook.histories import LearningHistory
 from adbook.tasks import Task
-from adbook.vectors import simulator
 
 METHODS = ("macaw", "macaw-online", "mql")
 BASELINES = ROOT / "artifacts" / "baselines"
@@ -219,11 +218,10 @@ def _path(method: str, settings: Profile, config: Any, recompute: bool) -> Path:
     """Where a meta-trained method is: in the repository, else among the runs; the name holds all that shapes it."""
     tasks = [task.goal for task in settings.train_tasks]
     parts = [asdict(part) for part in (config if isinstance(config, tuple) else (config,))]
-    data = simulator(settings.family.name)  # MQL learns in it; MACAW from the data set
-    if method == "macaw":
+    if method == "macaw":  # learns from the data set; MQL in environments, which are alike in either simulator
         stored = data_path(settings.family.name, BEST[settings.family.name], "train")
-        data = hashlib.blake2b(stored.read_bytes()).hexdigest()
-    hashed = content_hash(method, settings.family.name, tasks, settings.kept, settings.images, data, *parts)
+        parts.append(hashlib.blake2b(stored.read_bytes()).hexdigest())
+    hashed = content_hash(method, settings.family.name, tasks, settings.kept, settings.images, *parts)
     name = f"{method}-{settings.family.name}-{settings.name}-seed{settings.seed}-{hashed}.safetensors"
     committed = BASELINES / name
     return committed if committed.is_file() and not recompute else experiments.RUNS / "baselines" / name
