@@ -180,6 +180,8 @@ def _qpos(env: gymnasium.Env) -> np.ndarray:
 
 def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task], episodes: int, seed: int) -> None:
     """Refuse what cannot work before any environment is made."""
+    if isinstance(family, str):
+        raise TypeError(f"family is a name; give adbook.family({family!r})")
     family.check(tasks)
     check_whole("episodes", episodes)
     check_whole("seed", seed, 0)

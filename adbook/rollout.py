@@ -235,6 +235,7 @@ def rollout(
         The recorded rollout.
 
     Raises:
+        TypeError: `family` is a name.
         ValueError: No task, fewer than one episode, a task of another family, a policy of other sizes, or an
             action that is not finite.
         RuntimeError: A parameter of the policy changed while it ran.

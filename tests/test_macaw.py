@@ -273,6 +273,16 @@ def test_what_was_meta_trained_stays_as_it_is_when_it_is_played():
         adbook.rollout(AdaptingMACAW(agent.macaw, []), known, known.train_tasks[:2], episodes=1)
 
 
+def test_a_task_without_a_batch_is_played_as_it_was_meta_trained_to_the_end(batch):
+    one = Transitions(*(x.float() for x in batch))
+    agent = AdaptingMACAW(MACAW(replace(TINY, inner_rate=1.0)), [None, one])
+    state = agent.init_state(2)
+    meta = flat(AdaptingMACAW(agent.macaw).init_state(1).each[0])
+    assert torch.equal(flat(state.each[0]), meta)
+    assert not torch.equal(flat(state.each[1]), meta)
+    assert not state.waiting.any()
+
+
 def test_it_survives_the_disk_in_half_precision(tmp_path):
     meta = MACAW(TINY)
     meta.return_mean.fill_(-123.456)

@@ -291,6 +291,11 @@ def test_impossible_requests_are_refused_before_an_environment_is_made(change, m
     assert family.envs == []
 
 
+def test_the_name_of_a_family_is_no_family():
+    with pytest.raises(TypeError, match=r"give adbook.family\('toy'\)"):
+        rollout(Counter(), "toy", tasks(1))
+
+
 def test_policy_of_another_family_is_refused():
     policy = Counter()
     policy.config = SimpleNamespace(observation_size=8, action_size=1)

@@ -28,8 +28,11 @@ class AdaptingMACAW(nn.Module):
     weights are part of the state: what was meta-trained stays as it is.
     """
 
-    def __init__(self, macaw: MACAW, batches: Sequence[Transitions] | None = None):
-        """Wrap `macaw`; `batches` are transitions of the tasks that are played next, in their order."""
+    def __init__(self, macaw: MACAW, batches: Sequence[Transitions | None] | None = None):
+        """Wrap `macaw`; `batches` are transitions of the tasks that are played next, in their order.
+
+        Where one is None the task is played as it was meta-trained, to the end.
+        """
         super().__init__()
         self.macaw, self.config, self.batches = macaw, macaw.config, batches
 

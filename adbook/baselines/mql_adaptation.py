@@ -109,20 +109,20 @@ def adapt(model: MQL, new: Replay, old: Replay, config: AdaptationConfig, seed: 
     """
     rng, fitted = np.random.default_rng(seed), copy.deepcopy(model)
     learner, whole = Learner(fitted, seed, config.learning_rate), new.at(np.arange(new.steps), np.zeros(new.steps, int))
-    contexts = [_contexts(model, batch) for batch in (whole, old.sample(config.samples, rng))]
-    propensity = fit_propensity(*contexts, config.l2)
-    pull = 1 - effective_sample_size(propensity.counted(contexts[1], config))
+    of_new, of_old = (contexts(model, batch) for batch in (whole, old.sample(config.samples, rng)))
+    propensity = fit_propensity(of_new, of_old, config.l2)
+    pull = 1 - effective_sample_size(propensity.counted(of_old, config))
     for _ in range(config.new_updates):
         learner.update(whole, anchor=model, pull=pull)
     for _ in range(config.old_updates):
         batch = old.sample(config.old_batch, rng)
-        weights = torch.from_numpy(propensity.counted(_contexts(model, batch), config)).float()
+        weights = torch.from_numpy(propensity.counted(contexts(model, batch), config)).float()
         learner.update(batch, weights, anchor=model, pull=pull)
     return fitted.actor.eval()
 
 
 @torch.no_grad()
-def _contexts(model: MQL, batch: Batch) -> np.ndarray:
+def contexts(model: MQL, batch: Batch) -> np.ndarray:
     """What the meta-trained actor's GRU makes of transitions with their past, (B, memory)."""
     return model.actor.context(batch.next_past).double().numpy()
 
