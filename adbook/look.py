@@ -49,6 +49,9 @@ METHODS = {
     "deterministic": Style(_SKY, "dot", "star"),
     "decision-transformer": Style(_PURPLE, "dot", "star"),
     "context shuffled": Style(GREY, "dashdot", "square-open"),
+    "macaw": Style(_ORANGE, "dash", "triangle-down"),
+    "macaw-online": Style(_ORANGE, "dot", "triangle-up"),
+    "mql": Style(_SKY, "dashdot", "diamond"),
 }
 METHODS |= {
     "gaussian": METHODS["mamba"],  # the book's default head: the same network

@@ -47,7 +47,8 @@ Layers = list[tuple[Tensor, Tensor]]  # of each layer weight (…, out, in) and 
 class MACAWConfig:
     """Shape and meta-training of MACAW.
 
-    Widths, temperature, largest weight and batch are the published ones; latent size, rates and updates are ours.
+    Hidden widths, temperature, largest weight and batch are the published ones; latent size, advantage head, rates and
+    updates are ours.
     """
 
     observation_size: int
