@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adbook.checks import check_whole
 from adbook.policy import ADPolicy, PolicyState
 from adbook.rollout import rollout
 from adbook.tasks import Task, TaskFamily
@@ -52,13 +53,68 @@ class ShuffledContext(nn.Module):
                 orders[row] = torch.randperm(tokens.shape[1], generator=generator)
             tokens = tokens.gather(1, orders.to(tokens.device).unsqueeze(-1).expand_as(tokens))
             inner = inner._replace(backbone=self.policy.backbone.prefill(self.policy.embed(tokens))[1])
-        read: list[Tensor] = []
-        hook = self.policy.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        try:
-            action, inner = self.policy.act(observation, reward, start, inner, **options)
-        finally:
-            hook.remove()
-        return action, ShuffledState(inner, torch.cat((tokens, read[0].unsqueeze(1)), 1), generator)
+        action, inner, token = _acted(self.policy, observation, reward, start, inner, **options)
+        return action, ShuffledState(inner, torch.cat((tokens, token.unsqueeze(1)), 1), generator)
+
+
+class RereadingState(NamedTuple):
+    """What a `Rereading` carries of one task."""
+
+    inner: PolicyState
+    past: tuple[Tensor, ...]  # tokens (steps, token) of the last whole episodes, in order
+    now: tuple[Tensor, ...]  # those of the episode that is played, (1, token) each
+
+
+class Rereading(nn.Module):
+    """A policy that before every episode reads its last whole episodes anew, from an empty state.
+
+    Attention was trained on windows that begin with nothing before them. In a window that slides, the oldest tokens
+    have themselves read older ones, layer by layer, which no training showed; here they have not. What is older than
+    those episodes is lost.
+
+    Tasks are played one by one, since the lengths of their episodes may differ.
+    """
+
+    def __init__(self, policy: ADPolicy, episodes: int):
+        """Wrap `policy`; it reads `episodes` before each."""
+        super().__init__()
+        check_whole("episodes", episodes)
+        self.policy, self.config, self.episodes = policy, policy.config, episodes
+        self.train(policy.training)
+
+    def init_state(self, n: int) -> tuple[RereadingState, ...]:
+        """The state before the first step of `n` tasks."""
+        return tuple(RereadingState(self.policy.init_state(1), (), ()) for _ in range(n))
+
+    def act(
+        self, observation: Tensor, reward: Tensor | None, start: Tensor, state: tuple[RereadingState, ...], **options
+    ) -> tuple[Tensor, tuple[RereadingState, ...]]:
+        """Act as the policy does, on its last episodes."""
+        actions, states = [], []
+        for i, (inner, past, now) in enumerate(state):
+            if start[i] and now:
+                past, now = (*past, torch.cat(now))[-self.episodes :], ()
+                tokens = torch.cat(past).unsqueeze(0)
+                inner = inner._replace(backbone=self.policy.backbone.prefill(self.policy.embed(tokens))[1])
+            row = slice(i, i + 1)
+            paid = reward if reward is None else reward[row]
+            action, inner, token = _acted(self.policy, observation[row], paid, start[row], inner, **options)
+            actions.append(action)
+            states.append(RereadingState(inner, past, (*now, token)))
+        return torch.cat(actions), tuple(states)
+
+
+def _acted(
+    policy: ADPolicy, observation: Tensor, reward: Tensor | None, start: Tensor, state: PolicyState, **options
+) -> tuple[Tensor, PolicyState, Tensor]:
+    """What the policy's `act` returns, and the token (n, token) that it read."""
+    read: list[Tensor] = []
+    hook = policy.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        action, state = policy.act(observation, reward, start, state, **options)
+    finally:
+        hook.remove()
+    return action, state, read[0]
 
 
 def reset_every_episode(

@@ -49,6 +49,7 @@ METHODS = {
     "deterministic": Style(_SKY, "dot", "star"),
     "decision-transformer": Style(_PURPLE, "dot", "star"),
     "context shuffled": Style(GREY, "dashdot", "square-open"),
+    "transformer, reread": Style(_VERMILLION, "dot", "square-open"),
     "macaw": Style(_ORANGE, "dash", "triangle-down"),
     "macaw-online": Style(_ORANGE, "dot", "triangle-up"),
     "mql": Style(_SKY, "dashdot", "diamond"),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from adbook import experiments
 from adbook.checkpoints import published_policy, trained_policy
-from adbook.controls import ShuffledContext, reset_every_episode
+from adbook.controls import Rereading, ShuffledContext, reset_every_episode
 from adbook.experiments import AGENTS, Profile, References, as_agent, describe, evaluate, provenance, references
 from adbook.files import write_whole
 from adbook.oracle import Oracle
@@ -40,6 +40,9 @@ _PLAYED_AS: dict[str, dict[str, bool]] = {
 
 def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequence[str] = AGENTS) -> dict[str, Any]:
     """Roll every agent out on held-out tasks with frozen weights, and Mamba with its controls.
+
+    Attention whose window is shorter than the rollout is played twice: with the window that slides, and as method
+    "<agent>, reread", which before every episode reads anew as many of the last as leave room for one more.
 
     Policies are the repository's where it has them, else those of `adbook.checkpoints.trained_policy`.
 
@@ -63,6 +66,12 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     policies = {agent: [policy for policy, _ in each] for agent, each in trained.items()}
     splits = ("test", "ood", *(["macaw"] if settings.macaw_tasks else []))
     plays = {(split, agent): policies[agent] for split in splits for agent in agents}
+    plays |= {
+        (split, f"{agent}, reread"): [Rereading(policy, room) for policy in policies[agent]]
+        for split in splits
+        for agent in agents
+        if (room := _room(settings, policies[agent][0]))
+    }
     for split in ("test", "ood"):
         controls = _controls(settings, seeds, policies["mamba"])
         plays |= {(split, control): players for control, players in controls.items()}
@@ -82,6 +91,12 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds}
     parts |= {"weights": weights, "training": speed}
     return {"settings": describe(settings), "made": made} | parts | {"references": _references(settings)}
+
+
+def _room(settings: Profile, policy: ADPolicy) -> int:
+    """Episodes that fit into a policy's window beside the one that is played; 0 if it never has to forget any."""
+    horizon, window = settings.family.horizon, getattr(policy.config.backbone, "context", None)
+    return 0 if window is None or settings.episodes * horizon <= window else window // horizon - 1
 
 
 def _controls(settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy]) -> dict[str, list[nn.Module]]:

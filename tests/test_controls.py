@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adbook import MambaConfig, TransformerConfig, family, rollout
-from adbook.controls import ShuffledContext, reset_every_episode
+from adbook.controls import Rereading, ShuffledContext, reset_every_episode
 from adbook.policy import ADPolicy, PolicyConfig
 
 BACKBONES = [MambaConfig(d_model=16, n_layers=2), TransformerConfig(d_model=16, n_layers=2, n_heads=2, context=400)]
@@ -65,6 +65,38 @@ def test_only_the_task_that_begins_an_episode_has_its_past_shuffled(policy):
         assert same == (t != 8)
         ordered = (x[x[:, 0].argsort()] for x in (state.tokens[0, :t], before[0]))
         torch.testing.assert_close(*ordered, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_with_room_for_its_whole_past_rereading_is_the_policy_itself(policy):
+    """Also where two tasks begin their episodes at different steps."""
+    generator = torch.Generator().manual_seed(2)
+    both = Rereading(policy, episodes=5), policy
+    states = [one.init_state(2) for one in both]
+    for t in range(30):
+        observation, reward = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
+        start, played = torch.tensor([t % 10 == 0, t % 7 == 0]), []
+        for i, one in enumerate(both):
+            action, states[i] = one.act(observation, reward, start, states[i], deterministic=True)
+            played.append(action)
+        assert (played[0] - played[1]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_only_the_last_episodes_are_reread_and_in_their_order(policy):
+    """Episodes of 10 steps: the fourth begins with the tokens of the second and the third, and nothing older."""
+    wrapped = Rereading(policy, episodes=2)
+    generator, state, tokens = torch.Generator().manual_seed(2), wrapped.init_state(1), []
+    for t in range(31):
+        observation, reward = torch.randn(1, 8, generator=generator), torch.randn(1, generator=generator)
+        action, state = wrapped.act(observation, reward, torch.tensor([t % 10 == 0]), state, deterministic=True)
+        tokens.append(state[0].now[-1])
+    read = torch.cat(tokens[10:]).unsqueeze(0)
+    expected = policy.config.action_scale * policy._head(policy.backbone(policy.embed(read))[:, -1])[0].clamp(-1, 1)
+    torch.testing.assert_close(action, expected, rtol=0, atol=1e-6)
+    everything = torch.cat(tokens).unsqueeze(0)
+    ends = [policy.backbone(policy.embed(x))[:, -1] for x in (read, everything)]
+    assert (ends[0] - ends[1]).abs().max() > 1e-4
 
 
 def test_with_a_context_that_is_reset_every_episode_is_a_first_one(policy):

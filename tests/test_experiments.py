@@ -272,6 +272,8 @@ def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, 
     for agent in AGENTS:
         by_step = result["within"][agent].sum(-1)
         np.testing.assert_allclose(by_step, np.mean(result["returns"]["test"][agent], (0, 1)), rtol=1e-5)
+    reread = {method for method in result["returns"]["ood"] if "reread" in method}  # their windows are shorter
+    assert reread == {"transformer, reread", "decision-transformer, reread"}
     assert all(abs(n / result["weights"]["mamba"] - 1) < 0.05 for n in result["weights"].values())
     bounds = result["bounds"]["test"]
     assert (bounds["oracle"] > bounds["random"]).all()
