@@ -141,7 +141,7 @@ episode to episode. It imitates learning histories of {source} (algorithm distil
 | made | {date}, commit {commit}, torch {torch}{note} |
 
 Score on {n_test} test tasks (0: random actions, 1: the end of {source} on the same task; interquartile mean):
-{first:.2f} in episode 1, **{last:.2f}** in the last five of {episodes}{all_seeds}.
+{first:.2f} in episode 1, **{last:.2f}** in the last five of {episodes}{all_seeds}.{reread}
 
 Limits: one family of tasks, one simulator (MuJoCo, gymnasium v5); actions are to be sampled, not taken at their means;
 beyond {window_episodes} episodes it does what no training has corrected. All settings are in `config.json`, all numbers
@@ -194,8 +194,20 @@ def write_card(settings: Profile, result: dict[str, Any]) -> Path:
         all_seeds=f"; all {len(scores)} seeds together: {metrics.iqm(scores[..., -5:].mean(-1)):.2f}"
         if len(scores) > 1
         else "",
+        reread=_reread(settings, result),
     )
     return write_whole(published_at(settings) / "README.md", lambda file: file.write_text(text))
+
+
+def _reread(settings: Profile, result: dict[str, Any]) -> str:
+    """What the card says of a policy that was also played with its last episodes read anew; else nothing."""
+    returns = result["returns"]["test"].get(f"{settings.agent}, reread")
+    if returns is None:
+        return ""
+    ends = (np.array(result["references"]["test"][end]) for end in ("random", "source"))
+    own = metrics.normalized_score(returns, *ends)[result["seeds"].index(settings.seed), :, -5:].mean(-1)
+    how = f"`adbook.controls.Rereading(policy, {experiments.reread_episodes(settings)})`"
+    return f"\nWith its last episodes read anew before each ({how}): {metrics.iqm(own[None]):.2f}."
 
 
 def _own(settings: Profile) -> Path:

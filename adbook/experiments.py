@@ -271,6 +271,12 @@ def shown(settings: Profile, histories: Iterable[LearningHistory]) -> list[Learn
     return list(histories)
 
 
+def reread_episodes(settings: Profile) -> int:
+    """Episodes that fit into an agent's window beside the one that it plays; 0 if it never has to forget any."""
+    horizon, window = settings.family.horizon, getattr(settings.policy.backbone, "context", None)
+    return 0 if window is None or settings.episodes * horizon <= window else window // horizon - 1
+
+
 @dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class References:
     """The two ends of the normalised score, task by task.

@@ -70,7 +70,7 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         (split, f"{agent}, reread"): [Rereading(policy, room) for policy in policies[agent]]
         for split in splits
         for agent in agents
-        if (room := _room(settings, policies[agent][0]))
+        if (room := experiments.reread_episodes(kinds[agent]))
     }
     for split in ("test", "ood"):
         controls = _controls(settings, seeds, policies["mamba"])
@@ -91,12 +91,6 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
     parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds}
     parts |= {"weights": weights, "training": speed}
     return {"settings": describe(settings), "made": made} | parts | {"references": _references(settings)}
-
-
-def _room(settings: Profile, policy: ADPolicy) -> int:
-    """Episodes that fit into a policy's window beside the one that is played; 0 if it never has to forget any."""
-    horizon, window = settings.family.horizon, getattr(policy.config.backbone, "context", None)
-    return 0 if window is None or settings.episodes * horizon <= window else window // horizon - 1
 
 
 def _controls(settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy]) -> dict[str, list[nn.Module]]:

@@ -210,6 +210,30 @@ def test_the_source_of_the_data_set_is_not_recorded_to_score_by(runs, monkeypatc
     np.testing.assert_allclose(ends.start, scored["start"][:2], atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("family", "agent", "episodes"),
+    [
+        ("ant-dir", "transformer", 5),  # a window of six, rollouts of twenty
+        ("half-cheetah-vel", "transformer", 0),  # a window as long as the rollouts
+        ("ant-dir", "mamba", 0),
+    ],
+)
+def test_what_is_reread_leaves_room_for_the_episode_that_is_played(family, agent, episodes):
+    assert experiments.reread_episodes(as_agent(profile("laptop", family), agent)) == episodes
+
+
+def test_the_card_of_attention_tells_what_rereading_gives(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
+    settings = as_agent(profile("smoke"), "transformer")
+    publish(settings)
+    returns = {"transformer": np.full((1, 2, 6), -6.0), "transformer, reread": np.full((1, 2, 6), -4.0)}
+    ends = {"random": [-10.0, -10.0], "source": [-2.0, -2.0]}
+    result = {"seeds": [0], "returns": {"test": returns}, "references": {"test": ends}, "weights": {"transformer": 9}}
+    text = " ".join(checkpoints.write_card(settings, result).read_text().split())
+    assert "**0.50** in the last five of 6. With its last episodes read anew before each" in text
+    assert "`adbook.controls.Rereading(policy, 1)`): 0.75. Limits" in text
+
+
 def test_a_model_card_tells_data_training_and_the_scores_of_its_own_seed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
     settings = profile("smoke", seed=1)
