@@ -5,6 +5,7 @@ section 2.3), rotary positions (Su et al. 2021, arXiv 2104.09864, section 3.2) a
 token attends to itself and to the `context` - 1 tokens before it (Beltagy et al. 2020, arXiv 2004.05150, section 3).
 `forward` and `step` cut the window in the same way, so they agree at any length, and the one-step form needs a cache
 of `context` tokens only.  As the window slides layer by layer, information can travel n_layers × (context - 1) tokens.
+Training on sequences of at most W tokens never shows that; `adbook.controls.Rereading` plays without it.
 
 | symbol | code       | meaning                                        | default |
 |--------|------------|------------------------------------------------|---------|
