@@ -50,6 +50,7 @@ METHODS = {
     "decision-transformer": Style(_PURPLE, "dot", "star"),
     "context shuffled": Style(GREY, "dashdot", "square-open"),
     "transformer, reread": Style(_VERMILLION, "dot", "square-open"),
+    "decision-transformer, reread": Style(_PURPLE, "longdash", "star-open"),
     "macaw": Style(_ORANGE, "dash", "triangle-down"),
     "macaw-online": Style(_ORANGE, "dot", "triangle-up"),
     "mql": Style(_SKY, "dashdot", "diamond"),
