@@ -22,6 +22,20 @@ def policy(request) -> ADPolicy:
     return made
 
 
+def plays_as(wrapped, policy):
+    """Assert that both act alike, but for rounding, on two tasks that begin their episodes at different steps."""
+    generator = torch.Generator().manual_seed(2)
+    both = wrapped, policy
+    states = [one.init_state(2) for one in both]
+    for t in range(30):
+        observation, reward = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
+        start, played = torch.tensor([t % 10 == 0, t % 7 == 0]), []
+        for i, one in enumerate(both):
+            action, states[i] = one.act(observation, reward, start, states[i], deterministic=True)
+            played.append(action)
+        assert (played[0] - played[1]).abs().max() < 1e-5
+
+
 def test_a_first_episode_has_no_past_to_shuffle_and_later_ones_differ(policy):
     plain = rollout(policy, REACHER, TASKS, episodes=3, seed=1)
     shuffled = rollout(ShuffledContext(policy), REACHER, TASKS, episodes=3, seed=1)
@@ -38,17 +52,7 @@ def test_a_first_episode_has_no_past_to_shuffle_and_later_ones_differ(policy):
 def test_a_past_in_its_own_order_is_the_policy_itself(policy, monkeypatch):
     """With the identity for a permutation, reading the past anew must change nothing but the rounding."""
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    generator = torch.Generator().manual_seed(2)
-    both = ShuffledContext(policy), policy
-    states = [one.init_state(2) for one in both]
-    for t in range(30):
-        observation, reward = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
-        start = torch.tensor([t % 10 == 0, t % 7 == 0])
-        played = []
-        for i, one in enumerate(both):
-            action, states[i] = one.act(observation, reward, start, states[i], deterministic=True)
-            played.append(action)
-        assert (played[0] - played[1]).abs().max() < 1e-5
+    plays_as(ShuffledContext(policy), policy)
 
 
 @torch.inference_mode()
@@ -69,17 +73,7 @@ def test_only_the_task_that_begins_an_episode_has_its_past_shuffled(policy):
 
 @torch.inference_mode()
 def test_with_room_for_its_whole_past_rereading_is_the_policy_itself(policy):
-    """Also where two tasks begin their episodes at different steps."""
-    generator = torch.Generator().manual_seed(2)
-    both = Rereading(policy, episodes=5), policy
-    states = [one.init_state(2) for one in both]
-    for t in range(30):
-        observation, reward = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
-        start, played = torch.tensor([t % 10 == 0, t % 7 == 0]), []
-        for i, one in enumerate(both):
-            action, states[i] = one.act(observation, reward, start, states[i], deterministic=True)
-            played.append(action)
-        assert (played[0] - played[1]).abs().max() < 1e-5
+    plays_as(Rereading(policy, episodes=5), policy)
 
 
 @torch.inference_mode()
