@@ -3,7 +3,6 @@
 import argparse
 import sys
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 
@@ -78,11 +77,12 @@ def train(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.checkpoints import CHECKPOINTS, publish, train_on_gpu
     from adbook.files import check_writable
+    from adbook.results import with_seeds
 
     settings = experiments.profile(options.profile, options.family)
-    agents = [experiments.as_agent(settings, agent) for agent in options.agents]
+    runs = with_seeds(options.agents, options.seeds, options.once)
+    wanted = [replace(experiments.as_agent(settings, agent), seed=seed) for agent, seed in runs]
     check_writable(CHECKPOINTS)
-    wanted = [replace(agent, seed=seed) for agent, seed in product(agents, options.seeds)]
     if torch.cuda.is_available() and options.profile != "paper":  # its models fill a GPU alone, and have to resume
         train_on_gpu(wanted)
     for one in wanted:
@@ -94,18 +94,18 @@ def results(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.checkpoints import write_card
     from adbook.files import check_writable
-    from adbook.results import check_agents, check_replaces, check_seeds, in_context, save_result
+    from adbook.results import check_agents, check_replaces, check_seeds, in_context, save_result, with_seeds
 
     name = f"{options.family}-{options.profile}"
     check_seeds(options.seeds)
-    check_agents(options.agents)
-    check_replaces(name, options.seeds, options.agents)
+    check_agents(options.agents, options.once)
+    check_replaces(name, options.seeds, options.agents, options.once)
     check_writable(experiments.RESULTS)
     train(options)
     settings = experiments.profile(options.profile, options.family)
-    result = in_context(settings, options.seeds, options.agents)
+    result = in_context(settings, options.seeds, options.agents, options.once)
     print(save_result(name, result))
-    for agent, seed in product(options.agents, options.seeds):
+    for agent, seed in with_seeds(options.agents, options.seeds, options.once):
         print(write_card(replace(experiments.as_agent(settings, agent), seed=seed), result))
 
 
@@ -202,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         if run in (train, results):
             agents = ["mamba", "transformer", "decision-transformer"]
             command.add_argument("--agents", nargs="+", default=agents, help="agents (default: all)")
+            command.add_argument("--once", nargs="+", default=[], help="those of them that have the first seed alone")
         if run is ablations:
             command.add_argument("--updates", type=int, help="of each variant (default: half of the profile's)")
     command = commands.add_parser("trial", help=trial.__doc__, description=trial.__doc__)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from adbook import experiments
 from adbook.checkpoints import published_policy, trained_policy
+from adbook.checks import check_known
 from adbook.controls import Rereading, ShuffledContext, reset_every_episode
 from adbook.experiments import AGENTS, Profile, References, as_agent, describe, evaluate, provenance, references
 from adbook.files import write_whole
@@ -38,7 +39,9 @@ _PLAYED_AS: dict[str, dict[str, bool]] = {
 }
 
 
-def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequence[str] = AGENTS) -> dict[str, Any]:
+def in_context(
+    settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequence[str] = AGENTS, once: Sequence[str] = ()
+) -> dict[str, Any]:
     """Roll every agent out on held-out tasks with frozen weights, and Mamba with its controls.
 
     Attention whose window is shorter than the rollout is played twice: with the window that slides, and as method
@@ -50,6 +53,7 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         settings: a profile with a Mamba.
         seeds: of training, one policy each.
         agents: of `adbook.experiments.AGENTS`.
+        once: those of them that have the first seed alone.
 
     Returns:
         JSON: "returns" by split ("test", "ood" and, where the family has it, "macaw") and method as (seeds, tasks,
@@ -59,10 +63,12 @@ def in_context(settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequ
         where it was made.
     """
     check_seeds(seeds)
-    check_agents(agents)
+    check_agents(agents, once)
     made, oracle = provenance(), Oracle.load(settings.family.name)
     kinds = {agent: as_agent(settings, agent) for agent in agents}
-    trained = {agent: [published_policy(replace(kind, seed=seed)) for seed in seeds] for agent, kind in kinds.items()}
+    trained: dict[str, list] = {agent: [] for agent in agents}
+    for agent, seed in with_seeds(agents, seeds, once):
+        trained[agent].append(published_policy(replace(kinds[agent], seed=seed)))
     policies = {agent: [policy for policy, _ in each] for agent, each in trained.items()}
     splits = ("test", "ood", *(["macaw"] if settings.macaw_tasks else []))
     plays = {(split, agent): policies[agent] for split in splits for agent in agents}
@@ -223,10 +229,23 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
         raise ValueError(f"{path} is damaged ({error}); fetch or make it again") from error
 
 
-def check_agents(agents: Sequence[str]) -> None:
+def with_seeds(agents: Sequence[str], seeds: Sequence[int], once: Sequence[str] = ()) -> list[tuple[str, int]]:
+    """Pair each agent with its seeds: all of them, or the first alone where it is in `once`.
+
+    Raises:
+        ValueError: one of `once` is none of the agents.
+    """
+    for agent in once:
+        check_known("agent", agent, agents)
+    return [(agent, seed) for agent in agents for seed in (seeds[:1] if agent in once else seeds)]
+
+
+def check_agents(agents: Sequence[str], once: Sequence[str] = ()) -> None:
     """Raise ValueError if `agents` are not what `in_context` needs."""
     if "mamba" not in agents:
         raise ValueError(f"agents {' '.join(agents)} lack mamba, whose controls the result holds; add it")
+    if "mamba" in once:
+        raise ValueError("mamba's controls are played with every seed; leave it out of those that have one alone")
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -235,7 +254,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"seeds={tuple(seeds)} must be different whole numbers from 0 to below 2**63, one or more")
 
 
-def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str] = ()) -> None:
+def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str] = (), once: Sequence[str] = ()) -> None:
     """Raise ValueError if `artifacts/results/name.json` holds agents or seeds that one in its place would lack."""
     try:
         there = load_result(name, experiments.RESULTS)
@@ -243,6 +262,7 @@ def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str] = ()) 
         return
     lost = [agent for agent in there.get("weights", ()) if agent not in agents]
     lost += [f"seed {seed}" for seed in there["seeds"] if seed not in seeds]
+    lost += [f"{agent}'s other seeds" for agent in once if len(there["returns"]["test"].get(agent, ())) > 1]
     if lost:
         path = experiments.RESULTS / f"{name}.json"
         raise ValueError(f"{path} would lose {', '.join(lost)}; name them too, or move the file away first")
