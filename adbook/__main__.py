@@ -114,14 +114,15 @@ def baselines(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.baselines.runs import baselines, publish
     from adbook.files import check_writable
-    from adbook.results import check_replaces, check_seeds, save_result
+    from adbook.results import check_replaces, check_seeds, load_result, save_result
 
     name = f"baselines-{options.family}-{options.profile}"
     check_seeds(options.seeds)
     check_replaces(name, options.seeds)
     check_writable(experiments.RESULTS)
     settings = experiments.profile(options.profile, options.family)
-    print(save_result(name, baselines(settings, options.seeds)))
+    known = load_result(name, experiments.RESULTS) if (experiments.RESULTS / f"{name}.json").is_file() else None
+    print(save_result(name, baselines(settings, options.seeds, known=known)))
     for path in publish(replace(settings, seed=options.seeds[0])):
         print(path)
 

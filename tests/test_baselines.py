@@ -6,6 +6,7 @@ import pytest
 from adbook import experiments
 from adbook.baselines import runs
 from adbook.experiments import profile
+from adbook.results import load_result, save_result
 
 
 @pytest.fixture
@@ -23,24 +24,33 @@ def test_both_are_trained_on_training_tasks_played_on_test_tasks_and_found_again
         monkeypatch.setattr(runs, name, lambda *a, f=original, **k: trained_on.append(a[-1]) or f(*a, **k))
     settings = profile("smoke")
     result = runs.baselines(settings, seeds=(0,))
-    assert {split: set(methods) for split, methods in result["returns"].items()} == {
-        "test": {"macaw", "macaw-online", "mql"},
-        "ood": {"macaw-online", "mql"},
-    }
-    for methods in result["returns"].values():
-        for method, returns in methods.items():
-            assert np.shape(returns) == (1, settings.n_test, settings.episodes), method
-            assert np.isfinite(returns).all()
+    for split, methods in {"test": {"macaw", "macaw-online", "mql"}, "ood": {"macaw-online", "mql"}}.items():
+        returns = runs.returns(result, split)
+        assert set(returns) == methods
+        for method, values in returns.items():
+            assert values.shape == (1, settings.n_test, settings.episodes), method
+            assert np.isfinite(values).all()
     transitions, tasks = trained_on  # of MACAW and MQL; once each
     assert tasks == settings.train_tasks
     goals = runs.by_task(settings, "train", 0.9)
     assert set(goals) == {task.goal for task in settings.train_tasks}
     for mine, theirs in zip(transitions, goals.values(), strict=True):
         np.testing.assert_array_equal(mine.observations, theirs.observations)
-    np.testing.assert_array_equal(
-        runs.baselines(settings, seeds=(0,))["returns"]["test"]["mql"], result["returns"]["test"]["mql"]
-    )
+    again = runs.returns(runs.baselines(settings, seeds=(0,)), "test")
+    np.testing.assert_array_equal(again["mql"], runs.returns(result, "test")["mql"])
     assert len(trained_on) == 2
+
+
+def test_seeds_that_a_result_holds_are_not_made_again(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(runs, "_with_seed", lambda settings, _: made.append(settings.seed) or {"seed": settings.seed})
+    first = runs.baselines(profile("smoke"), seeds=(4,))
+    known = load_result("b", save_result("b", first, tmp_path).parent)
+    longer = runs.baselines(profile("smoke"), seeds=(0, 4), known=known)
+    assert longer["each"] == [{"seed": 0}, {"seed": 4}]
+    assert made == [4, 0]
+    runs.baselines(profile("smoke", n_tasks=3), seeds=(4,), known=known)
+    assert made == [4, 0, 4]  # of other settings
 
 
 def test_macaw_trains_on_the_histories_of_training_tasks_and_adapts_to_those_of_its_test_task():

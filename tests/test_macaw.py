@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 import adbook
 from adbook.baselines import macaw
-from adbook.baselines.macaw import MACAW, GeneratedMLP, MACAWConfig, Transitions
+from adbook.baselines.macaw import MACAW, GeneratedLayers, MACAWConfig, Transitions
 from adbook.baselines.macaw_adaptation import AdaptingMACAW
 
 TINY = MACAWConfig(3, 2, hidden=(5, 4), latent=3, batch=6, tasks=2, updates=2)
@@ -50,24 +50,25 @@ def test_losses_of_the_policy_by_hand(batch):
     model = MACAW(replace(TINY, max_weight=1.5)).double()
     two = Transitions(*(x[:2] for x in batch))
     advantages = torch.tensor([0.5, 9.0], dtype=torch.float64)
-    layers = model.policy()
-    features = macaw.mlp(layers.body, two.observations).relu()
-    errors = two.actions - macaw.mlp(layers.mean, features).tanh()
-    guessed = macaw.mlp(layers.advantage, torch.cat((features, two.actions), 1))
-    regression, guess = model.policy_losses(dict(model.policy.named_parameters()), advantages, two)
+    first, second, mean, hidden, last = layers = model.policy()
+    features = macaw.mlp([first, second], two.observations).relu()
+    errors = two.actions - macaw.mlp([mean], features).tanh()
+    guessed = macaw.mlp([hidden, last], torch.cat((features, two.actions), 1))
+    regression, guess = model.policy_losses(layers, advantages, two)
     squares = (errors**2).sum(1) / (2 * 0.2**2)
     torch.testing.assert_close(regression, (math.exp(-math.sqrt(0.5)) * squares[0] + 1.5 * squares[1]) / 2)
     torch.testing.assert_close(guess, ((guessed[0, 0] - 0.5) ** 2 + (guessed[1, 0] - 9) ** 2) / 2)
 
 
 def test_generated_layers_are_linear_in_latent_and_generator_and_start_as_linear_layers_do():
-    net = GeneratedMLP((300, 200), latent=32, generator=torch.Generator().manual_seed(0))
-    ((weight, bias),) = net()
+    net = GeneratedLayers([(300, 200)], latent=32, generator=torch.Generator().manual_seed(0))
+    (layer,) = net()
+    weight, bias = layer[:, :-1], layer[:, -1]
     assert weight.shape == (200, 300)
     assert weight.var().item() == pytest.approx(1 / (3 * 300), rel=0.5)  # of 32 latent numbers, whose spread is 25 %
     given = torch.randn(4, 300)
     torch.testing.assert_close(macaw.mlp(net(), given), given @ weight.T + bias)
-    small = GeneratedMLP((3, 2), latent=4, generator=torch.Generator().manual_seed(0)).double()
+    small = GeneratedLayers([(3, 2)], latent=4, generator=torch.Generator().manual_seed(0)).double()
     inputs = torch.randn(5, 3, dtype=torch.float64)
     names = [name for name, _ in small.named_parameters()]
 
@@ -77,34 +78,48 @@ def test_generated_layers_are_linear_in_latent_and_generator_and_start_as_linear
     assert torch.autograd.gradcheck(outputs, tuple(small.parameters()))
 
 
-def test_a_step_on_generator_and_latent_changes_weights_by_more_than_rank_one():
-    """One transition changes an ordinary weight matrix by an outer product, a generated one in more directions."""
-    net = GeneratedMLP((6, 6), latent=6, generator=torch.Generator().manual_seed(0)).double()
-    ((before, _),) = net()
-    macaw.mlp(net(), torch.randn(1, 6, dtype=torch.float64)).square().sum().backward()
+def test_a_step_is_that_of_every_latent_and_generator_at_its_own_rate():
+    """Against gradients by the parameters; weights change in more than the one direction of a plain layer."""
+    net = GeneratedLayers([(6, 6), (6, 2)], latent=6, generator=torch.Generator().manual_seed(0)).double()
+    rates = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)  # of generators and latents
+    x = torch.randn(1, 6, dtype=torch.float64)
+
+    def loss(layers):
+        return (macaw.mlp(layers, x) - 1).square().sum()
+
+    before = [layer.detach() for layer in net()]
+    after = net.stepped(before, grad(loss)(before), rates)
+    loss(net()).backward()
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter -= 0.1 * parameter.grad
-    ((after, _),) = net()
-    assert torch.linalg.matrix_rank(after - before, rtol=1e-6) > 1
+        for kind, parameters in enumerate((net.generators, net.latents)):
+            for rate, parameter in zip(rates[kind], parameters, strict=True):
+                parameter -= rate * parameter.grad
+    for one, other in zip(after, net(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.linalg.matrix_rank((after[0] - before[0])[:, :-1], rtol=1e-6) > 1
 
 
 def test_the_inner_step_goes_down_the_numerical_gradient(model, batch):
+    """By the weights of each layer, of which the step is made."""
     value, policy = model.adapted(batch)
     advantages = model.advantages(value, batch).detach()
 
-    def inner_loss(parameters):
-        regression, guess = model.policy_losses(parameters, advantages, batch)
+    def inner_loss(layers):
+        regression, guess = model.policy_losses(layers, advantages, batch)
         return regression + TINY.advantage * guess
 
-    losses = (model.value, value, lambda p: model.value_loss(p, batch)), (model.policy, policy, inner_loss)
+    losses = (model.value, value, lambda layers: model.value_loss(layers, batch)), (model.policy, policy, inner_loss)
+    rates = torch.full((2, 5), TINY.inner_rate, dtype=torch.float64)
     for net, adapted, loss in losses:
-        parameters = {name: p.detach() for name, p in net.named_parameters()}
-        for name, p in parameters.items():
-            for at in ((0,) * p.ndim, (-1,) * p.ndim):
-                slope = numerical(lambda x, n=name, p0=parameters, f=loss: f(p0 | {n: x}).item(), p, at)
-                moved = (adapted[name] - p)[at].item()
-                assert moved == pytest.approx(-TINY.inner_rate * slope, rel=1e-5, abs=1e-9), name
+        layers = [layer.detach() for layer in net()]
+        slopes = [torch.zeros_like(layer) for layer in layers]
+        for i, layer in enumerate(layers):
+            for at in np.ndindex(*layer.shape):
+                slopes[i][at] = numerical(
+                    lambda x, i=i, f=loss, w=layers: f([*w[:i], x, *w[i + 1 :]]).item(), layer, at
+                )
+        for one, other in zip(adapted, net.stepped(layers, slopes, rates), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 def numerical(function, point, at, h=1e-5):
@@ -117,8 +132,8 @@ def numerical(function, point, at, h=1e-5):
 def test_outer_gradients_pass_through_the_inner_step(model, batch):
     """Second order: against finite differences of the outer losses, also by the learned rates; none crosses over."""
     other = some(8, torch.Generator().manual_seed(2))
-    wanted = [(0, model.value.latents[0]), (0, model.value_rates), (1, model.policy.body.latents[0])]
-    wanted += [(1, model.policy.advantage.latents[0]), (1, model.policy_rates)]
+    wanted = [(0, model.value.latents[0]), (0, model.value_rates), (1, model.policy.latents[0])]
+    wanted += [(1, model.policy.latents[-1]), (1, model.policy_rates), (1, model.policy.generators[0])]
     for which, parameter in wanted:
         losses = model.outer_losses(batch, other)
         assert torch.autograd.grad(losses[1 - which], parameter, allow_unused=True, retain_graph=True)[0] is None
@@ -131,20 +146,26 @@ def test_outer_gradients_pass_through_the_inner_step(model, batch):
             parameter.data = before
             return loss
 
-        assert gradient[0].item() == pytest.approx(numerical(outer, parameter.detach(), (0,)), rel=1e-4, abs=1e-9)
-        assert gradient[0] != 0
+        at = (0,) * parameter.ndim
+        assert gradient[at].item() == pytest.approx(numerical(outer, parameter.detach(), at), rel=1e-4, abs=1e-9)
+        assert gradient[at] != 0
 
 
-def test_inner_batches_are_stretches_and_outer_ones_are_drawn_from_the_rest_of_the_task():
+def test_inner_batches_are_stretches_or_from_everywhere_and_outer_ones_from_the_rest_of_the_task():
     numbers = [torch.arange(100.0 * i, 100 * i + 14) for i in range(3)]
     tasks = [Transitions(x.unsqueeze(1), x.unsqueeze(1), x, x) for x in numbers]
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        inner, outer = macaw._batches(tasks, TINY, rng)
-        for one, other in zip(inner.returns, outer.returns, strict=True):
-            np.testing.assert_array_equal(one, one[0] + torch.arange(6))
-            assert len({*one.tolist(), *other.tolist()}) == 12
-            assert len({x // 100 for x in (*one.tolist(), *other.tolist())}) == 1
+    rng, share = np.random.default_rng(0), {}
+    for stretches in (0, 0.5, 1):
+        stretched = []
+        for _ in range(100):
+            inner, outer = macaw._batches(tasks, replace(TINY, stretches=stretches), rng)
+            for one, other in zip(inner.returns, outer.returns, strict=True):
+                stretched.append(torch.equal(one, one[0] + torch.arange(6)))
+                assert len({*one.tolist(), *other.tolist()}) == 12
+                assert len({x // 100 for x in (*one.tolist(), *other.tolist())}) == 1
+        share[stretches] = np.mean(stretched)
+    assert (share[0], share[1]) == (0, 1)
+    assert 0.35 < share[0.5] < 0.65  # of 200, four standard deviations
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +254,7 @@ def test_a_task_adapts_when_its_next_episode_starts_and_as_from_the_same_transit
     agent = AdaptingMACAW(MACAW(replace(TINY, inner_rate=1.0)))
     generator = torch.Generator().manual_seed(0)
     state, reward, changes = agent.init_state(2), None, [[], []]
-    meta = state.each[0][0][0]
+    meta = state.each[0][0]
     observations, rewards, actions = (
         torch.randn(12, 2, 3, generator=generator),
         torch.randn(12, 2, generator=generator),
@@ -246,7 +267,7 @@ def test_a_task_adapts_when_its_next_episode_starts_and_as_from_the_same_transit
         actions.append(action)
         reward = rewards[t]
         for i in range(2):
-            changes[i].append(not torch.equal(state.each[i][0][0], meta))
+            changes[i].append(not torch.equal(state.each[i][0], meta))
     assert [row.index(True) for row in changes] == [8, 7]
     returns = [macaw.returns_to_come(rewards[a : a + 4, 0].numpy(), TINY.discount) for a in (0, 4)]
     numbers = torch.from_numpy(np.concatenate(returns)).float(), torch.arange(8).remainder(4).float()
@@ -259,7 +280,7 @@ def test_a_task_adapts_when_its_next_episode_starts_and_as_from_the_same_transit
 
 
 def flat(layers):
-    return torch.cat([x.flatten() for layer in layers for x in layer])
+    return torch.cat([weights.flatten() for weights in layers])
 
 
 def test_what_was_meta_trained_stays_as_it_is_when_it_is_played():
@@ -298,7 +319,11 @@ def test_it_survives_the_disk_in_half_precision(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"latent": 0}, "latent=0 must be a whole"), ({"std": float("nan")}, "std=nan must be a positive number")],
+    [
+        ({"latent": 0}, "latent=0 must be a whole"),
+        ({"std": float("nan")}, "std=nan must be a positive number"),
+        ({"stretches": float("nan")}, "stretches=nan must be a share"),
+    ],
 )
 def test_settings_that_cannot_run_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from scipy.signal import lfilter
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from tqdm import tqdm
 
 from adbook.checks import check_layers, check_positive, check_whole
@@ -40,15 +40,15 @@ from adbook.histories import LearningHistory
 from adbook.stored import load_module, load_training, save_module, save_training
 
 CHECKPOINT_EVERY = 1000  # updates
-Layers = list[tuple[Tensor, Tensor]]  # of each layer weight (…, out, in) and bias (…, out)
+Layers = list[Tensor]  # of each layer the weights (…, out, in + 1), the last column the bias
 
 
 @dataclass(frozen=True)
 class MACAWConfig:
     """Shape and meta-training of MACAW.
 
-    Hidden widths, temperature, largest weight and batch are the published ones; latent size, advantage head, rates and
-    updates are ours.
+    Hidden widths, temperature, largest weight and batch are the published ones; latent size, advantage head, stretches,
+    rates and updates are ours.
     """
 
     observation_size: int
@@ -62,6 +62,7 @@ class MACAWConfig:
     max_weight: float = 20.0  # of a transition in the regression
     advantage: float = 0.01  # weight of the advantage head's loss, in the inner loop only
     batch: int = 256  # transitions of an inner step; as many others measure it in the outer loop
+    stretches: float = 0.5  # of the inner batches are one stretch of a history each; the others are from everywhere
     tasks: int = 5  # of an update
     updates: int = 20_000
     learning_rate: float = 1e-4
@@ -78,6 +79,8 @@ class MACAWConfig:
         rates = "learning_rate", "inner_rate", "rate_learning_rate"
         check_positive(self, ("action_scale", "std", "temperature", "max_weight", *rates))
         check_layers(self.hidden, 1)
+        if not 0 <= self.stretches <= 1:
+            raise ValueError(f"stretches={self.stretches} must be a share, from 0 to 1")
 
 
 class Transitions(NamedTuple):
@@ -110,70 +113,75 @@ def transitions(histories: Sequence[LearningHistory], discount: float) -> Transi
 
 def mlp(layers: Layers, x: Tensor) -> Tensor:
     """Apply layers with ReLU in between to (…, B, in)."""
-    for i, (weight, bias) in enumerate(layers):
-        x = x @ weight.mT + bias.unsqueeze(-2)
+    for i, weights in enumerate(layers):
+        x = x @ weights[..., :-1].mT + weights[..., -1].unsqueeze(-2)
         if i < len(layers) - 1:
             x = x.relu()
     return x
 
 
-class GeneratedMLP(nn.Module):
-    """Layers whose weights are a linear function of a latent vector (the paper's weight transform).
+class GeneratedLayers(nn.Module):
+    """Layers whose weights w = G z are a linear function of a latent vector (the paper's weight transform).
 
-    A gradient step on generator and latent changes a weight matrix by more than the outer product of one batch.
+    A gradient step on generator G and latent z changes a weight matrix by more than the outer product of one batch.
     """
 
-    def __init__(self, widths: Sequence[int], latent: int, generator: torch.Generator):
-        """Draw weights so that the generated ones have a variance of 1 / (3 in), as those of `nn.Linear`."""
+    def __init__(self, sizes: Sequence[tuple[int, int]], latent: int, generator: torch.Generator):
+        """Draw weights so that the generated ones have a variance of 1 / (3 in), as those of `nn.Linear`.
+
+        Args:
+            sizes: (in, out) of each layer.
+            latent: numbers in a latent vector.
+            generator: of the dice.
+        """
         super().__init__()
-        self.widths = tuple(widths)
         self.latents, self.generators = nn.ParameterList(), nn.ParameterList()
-        for inputs, outputs in pairwise(self.widths):
+        self.shapes = [(outputs, inputs + 1) for inputs, outputs in sizes]
+        for inputs, outputs in sizes:
             self.latents.append(torch.randn(latent, generator=generator))
             drawn = torch.randn(outputs * (inputs + 1), latent, generator=generator)
             self.generators.append(drawn / math.sqrt(3 * inputs * latent))
 
     def forward(self) -> Layers:
         """Generate the layers."""
-        flat = (g @ z for g, z in zip(self.generators, self.latents, strict=True))
-        both = (x.view(b, a + 1) for x, (a, b) in zip(flat, pairwise(self.widths), strict=True))
-        return [(weight[:, :-1], weight[:, -1]) for weight in both]
+        pairs = zip(self.generators, self.latents, self.shapes, strict=True)
+        return [(generator @ latent).view(shape) for generator, latent, shape in pairs]
 
+    def stepped(self, layers: Layers, gradients: Layers, rates: Tensor) -> Layers:
+        """Return the layers that a gradient step on all latents and generators leads to.
 
-class PolicyLayers(NamedTuple):
-    """The generated layers of a policy."""
+        With rates a of G and b of z, and a gradient g of w, the step leads to G − a g zᵀ and to z − b Gᵀ g, so to
+        w − a |z|² g − b G Gᵀ g + a b (g · w) g. This needs no second G, of which there would be one a task.
 
-    body: Layers  # O → hidden, without the last ReLU
-    mean: Layers  # hidden → A
-    advantage: Layers  # hidden and A → 1
-
-
-class _Policy(nn.Module):
-    def __init__(self, config: MACAWConfig, generator: torch.Generator):
-        super().__init__()
-        last = config.hidden[-1]
-        drawn = {"latent": config.latent, "generator": generator}
-        self.body = GeneratedMLP((config.observation_size, *config.hidden), **drawn)
-        self.mean = GeneratedMLP((last, config.action_size), **drawn)
-        self.advantage = GeneratedMLP((last + config.action_size, last, 1), **drawn)
-
-    def forward(self) -> PolicyLayers:
-        return PolicyLayers(self.body(), self.mean(), self.advantage())
+        Args:
+            layers: as generated.
+            gradients: of a loss by them.
+            rates: (2, layers), a and b.
+        """
+        after = []
+        for i, (weights, gradient) in enumerate(zip(layers, gradients, strict=True)):
+            (a, b), z, generator, g = rates[:, i], self.latents[i], self.generators[i], gradient.flatten()
+            along = a * b * (g @ weights.flatten()) - a * (z @ z)
+            after.append(weights + (along * g - b * (generator @ (g @ generator))).view(weights.shape))
+        return after
 
 
 class MACAW(nn.Module):
-    """Both networks, where their inner step starts, and its learned rates, one for each parameter tensor."""
+    """Both networks, where their inner step starts, and its learned rates, one for each latent and each generator."""
 
     def __init__(self, config: MACAWConfig):
         """Weights are drawn from `config.seed`."""
         super().__init__()
         self.config, self.about = config, {}
-        generator = torch.Generator().manual_seed(config.seed)
-        self.value = GeneratedMLP((config.observation_size + 1, *config.hidden, 1), config.latent, generator)
-        self.policy = _Policy(config, generator)
+        generator, last = torch.Generator().manual_seed(config.seed), config.hidden[-1]
+        value = pairwise((config.observation_size + 1, *config.hidden, 1))
+        policy = *pairwise((config.observation_size, *config.hidden)), (last, config.action_size)  # body and mean
+        policy += (last + config.action_size, last), (last, 1)  # the head that guesses advantages
+        self.value = GeneratedLayers(list(value), config.latent, generator)
+        self.policy = GeneratedLayers(policy, config.latent, generator)
         for name in ("value", "policy"):
-            count = len(list(getattr(self, name).parameters()))
-            self.register_parameter(f"{name}_rates", nn.Parameter(torch.full((count,), math.log(config.inner_rate))))
+            rates = torch.full((2, len(getattr(self, name).latents)), math.log(config.inner_rate))
+            self.register_parameter(f"{name}_rates", nn.Parameter(rates))
         self.register_buffer("mean", torch.zeros(config.observation_size))
         self.register_buffer("scale", torch.ones(config.observation_size))
         for name in ("return", "step"):
@@ -201,37 +209,35 @@ class MACAW(nn.Module):
         """Observations (…, O) in units of their spread."""
         return ((observations - self.mean) / self.scale).clamp(-10, 10)
 
-    def adapted(self, batch: Transitions) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Make the inner step on one task's normalised batch: parameters of value and policy after it."""
-        value, policy = dict(self.value.named_parameters()), dict(self.policy.named_parameters())
-        value = stepped(value, grad(lambda p: self.value_loss(p, batch))(value), self.value_rates)
+    def adapted(self, batch: Transitions) -> tuple[Layers, Layers]:
+        """Make the inner step on one task's normalised batch: layers of value and policy after it."""
+        value, policy = self.value(), self.policy()
+        value = self.value.stepped(value, grad(self.value_loss)(value, batch), self.value_rates.exp())
         advantages = self.advantages(value, batch).detach()
 
-        def loss(parameters: dict[str, Tensor]) -> Tensor:
-            regression, guess = self.policy_losses(parameters, advantages, batch)
+        def loss(layers: Layers) -> Tensor:
+            regression, guess = self.policy_losses(layers, advantages, batch)
             return regression + self.config.advantage * guess
 
-        return value, stepped(policy, grad(loss)(policy), self.policy_rates)
+        return value, self.policy.stepped(policy, grad(loss)(policy), self.policy_rates.exp())
 
-    def value_loss(self, parameters: dict[str, Tensor], batch: Transitions) -> Tensor:
+    def value_loss(self, layers: Layers, batch: Transitions) -> Tensor:
         """Mean squared error of the returns."""
-        return self.advantages(parameters, batch).square().mean()
+        return self.advantages(layers, batch).square().mean()
 
-    def advantages(self, parameters: dict[str, Tensor], batch: Transitions) -> Tensor:
+    def advantages(self, layers: Layers, batch: Transitions) -> Tensor:
         """R − V, (B,)."""
         seen = torch.cat((batch.observations, batch.steps.unsqueeze(-1)), -1)
-        return batch.returns - mlp(functional_call(self.value, parameters, ()), seen).squeeze(-1)
+        return batch.returns - mlp(layers, seen).squeeze(-1)
 
-    def policy_losses(
-        self, parameters: dict[str, Tensor], advantages: Tensor, batch: Transitions
-    ) -> tuple[Tensor, Tensor]:
+    def policy_losses(self, layers: Layers, advantages: Tensor, batch: Transitions) -> tuple[Tensor, Tensor]:
         """Advantage-weighted regression, and the squared error of the guessed advantages."""
-        layers = functional_call(self.policy, parameters, ())
-        features = mlp(layers.body, batch.observations).relu()
-        deviations = (batch.actions - mlp(layers.mean, features).tanh()) / self.config.std
+        *body, mean, hidden, guess = layers
+        features = mlp(body, batch.observations).relu()
+        deviations = (batch.actions - mlp([mean], features).tanh()) / self.config.std
         standard = (advantages - advantages.mean()) / advantages.std().clamp_min(1e-6)
         weights = (standard / self.config.temperature).exp().clamp(max=self.config.max_weight)
-        guessed = mlp(layers.advantage, torch.cat((features, batch.actions), -1)).squeeze(-1)
+        guessed = mlp([hidden, guess], torch.cat((features, batch.actions), -1)).squeeze(-1)
         return (weights * deviations.square().sum(-1) / 2).mean(), (guessed - advantages).square().mean()
 
     def outer_losses(self, inner: Transitions, outer: Transitions) -> tuple[Tensor, Tensor]:
@@ -259,12 +265,6 @@ class MACAW(nn.Module):
             return macaw
 
         return load_module(Path(path), cls, make)
-
-
-def stepped(parameters: dict[str, Tensor], gradients: dict[str, Tensor], rates: Tensor) -> dict[str, Tensor]:
-    """One gradient step, each tensor at its own rate; `rates` are logarithms, in the order of `parameters`."""
-    pairs = zip(parameters.items(), rates.exp(), strict=True)
-    return {name: value - rate * gradients[name] for (name, value), rate in pairs}
 
 
 def meta_train(
@@ -335,14 +335,18 @@ def _batches(
 ) -> tuple[Transitions, Transitions]:
     """Inner and outer batch of some tasks, (tasks, B, …) each.
 
-    The inner one is a stretch of a history, one stage of learning, as a batch that an agent collects itself would be.
+    On a new task the inner one is drawn from a recorded history, or it is what an agent has just played, one stage of
+    learning; so it is now the one and now the other.
     """
     chosen = rng.choice(len(tasks), min(config.tasks, len(tasks)), replace=False)
     drawn = []
     for task in (tasks[i] for i in chosen):
-        start = rng.integers(len(task.returns) - config.batch + 1)
-        others = np.delete(np.arange(len(task.returns)), np.s_[start : start + config.batch])
-        rows = np.concatenate((np.arange(start, start + config.batch), rng.choice(others, config.batch, replace=False)))
+        n, size = len(task.returns), config.batch
+        if rng.random() < config.stretches:
+            first = rng.integers(n - size + 1) + np.arange(size)
+            rows = np.concatenate((first, rng.choice(np.delete(np.arange(n), first), size, replace=False)))
+        else:
+            rows = rng.choice(n, 2 * size, replace=False)
         drawn.append(Transitions(*(x[torch.from_numpy(rows)] for x in task)))
     both = Transitions(*(torch.stack(x) for x in zip(*drawn, strict=True)))  # (tasks, 2 B, …)
     halves = slice(config.batch), slice(config.batch, None)

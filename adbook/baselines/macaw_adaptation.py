@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from adbook.baselines.macaw import MACAW, Layers, Transitions, mlp, returns_and_steps
 from adbook.baselines.seen import Seen
@@ -87,13 +86,12 @@ class AdaptingMACAW(nn.Module):
     def _adapted(self, batch: Transitions | None) -> Layers:
         """The policy's layers after a step on a batch, or as they were meta-trained."""
         with torch.inference_mode(False):  # a rollout infers; this step needs gradients, and copies of what it is given
-            parameters = dict(self.macaw.policy.named_parameters())
-            if batch is not None:
-                parameters = self.macaw.adapted(self.macaw.normalised(Transitions(*(x.clone() for x in batch))))[1]
-            with torch.no_grad():
-                layers = functional_call(self.macaw.policy, parameters, ())
-                return [(weight.clone(), bias.clone()) for weight, bias in (*layers.body, *layers.mean)]
+            if batch is None:
+                layers = self.macaw.policy()
+            else:
+                layers = self.macaw.adapted(self.macaw.normalised(Transitions(*(x.clone() for x in batch))))[1]
+            return [weights.detach() for weights in layers[:-2]]  # without the head that guesses advantages
 
 
 def _stacked(each: list[Layers]) -> Layers:
-    return [tuple(torch.stack(x) for x in zip(*layer, strict=True)) for layer in zip(*each, strict=True)]
+    return [torch.stack(layer) for layer in zip(*each, strict=True)]
