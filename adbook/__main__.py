@@ -94,7 +94,15 @@ def results(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.checkpoints import write_card
     from adbook.files import check_writable
-    from adbook.results import check_agents, check_replaces, check_seeds, in_context, save_result, with_seeds
+    from adbook.results import (
+        check_agents,
+        check_replaces,
+        check_seeds,
+        in_context,
+        known_result,
+        save_result,
+        with_seeds,
+    )
 
     name = f"{options.family}-{options.profile}"
     check_seeds(options.seeds)
@@ -103,7 +111,7 @@ def results(options: argparse.Namespace) -> None:
     check_writable(experiments.RESULTS)
     train(options)
     settings = experiments.profile(options.profile, options.family)
-    result = in_context(settings, options.seeds, options.agents, options.once)
+    result = in_context(settings, options.seeds, options.agents, options.once, known_result(name))
     print(save_result(name, result))
     for agent, seed in with_seeds(options.agents, options.seeds, options.once):
         print(write_card(replace(experiments.as_agent(settings, agent), seed=seed), result))
@@ -114,15 +122,14 @@ def baselines(options: argparse.Namespace) -> None:
     from adbook import experiments
     from adbook.baselines.runs import baselines, publish
     from adbook.files import check_writable
-    from adbook.results import check_replaces, check_seeds, load_result, save_result
+    from adbook.results import check_replaces, check_seeds, known_result, save_result
 
     name = f"baselines-{options.family}-{options.profile}"
     check_seeds(options.seeds)
     check_replaces(name, options.seeds)
     check_writable(experiments.RESULTS)
     settings = experiments.profile(options.profile, options.family)
-    known = load_result(name, experiments.RESULTS) if (experiments.RESULTS / f"{name}.json").is_file() else None
-    print(save_result(name, baselines(settings, options.seeds, known=known)))
+    print(save_result(name, baselines(settings, options.seeds, known=known_result(name))))
     for path in publish(replace(settings, seed=options.seeds[0])):
         print(path)
 

@@ -26,7 +26,7 @@ from adbook.checkpoints import published_policy, trained_policy
 from adbook.checks import check_known
 from adbook.controls import Rereading, ShuffledContext, reset_every_episode
 from adbook.experiments import AGENTS, Profile, References, as_agent, describe, evaluate, provenance, references
-from adbook.files import write_whole
+from adbook.files import content_hash, write_whole
 from adbook.oracle import Oracle
 from adbook.policy import ADPolicy
 from adbook.source_scores import misled_returns, task_bounds
@@ -40,7 +40,11 @@ _PLAYED_AS: dict[str, dict[str, bool]] = {
 
 
 def in_context(
-    settings: Profile, seeds: Sequence[int] = (0, 1, 2), agents: Sequence[str] = AGENTS, once: Sequence[str] = ()
+    settings: Profile,
+    seeds: Sequence[int] = (0, 1, 2),
+    agents: Sequence[str] = AGENTS,
+    once: Sequence[str] = (),
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Roll every agent out on held-out tasks with frozen weights, and Mamba with its controls.
 
@@ -54,6 +58,7 @@ def in_context(
         seeds: of training, one policy each.
         agents: of `adbook.experiments.AGENTS`.
         once: those of them that have the first seed alone.
+        known: such a result; its references are taken over if they are of the same source and tasks.
 
     Returns:
         JSON: "returns" by split ("test", "ood" and, where the family has it, "macaw") and method as (seeds, tasks,
@@ -96,7 +101,7 @@ def in_context(
     weights = {agent: sum(p.numel() for p in each[0].parameters()) for agent, each in policies.items()}
     parts = {"seeds": list(seeds), "returns": returns, "within": within, "bounds": bounds}
     parts |= {"weights": weights, "training": speed}
-    return {"settings": describe(settings), "made": made} | parts | {"references": _references(settings)}
+    return {"settings": describe(settings), "made": made} | parts | {"references": _references(settings, known=known)}
 
 
 def _controls(settings: Profile, seeds: Sequence[int], policies: Sequence[ADPolicy]) -> dict[str, list[nn.Module]]:
@@ -229,6 +234,14 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
         raise ValueError(f"{path} is damaged ({error}); fetch or make it again") from error
 
 
+def known_result(name: str) -> dict[str, Any] | None:
+    """Read a result of the repository; None where there is none, or one that is damaged and to be made again."""
+    try:
+        return load_result(name, experiments.RESULTS)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def with_seeds(agents: Sequence[str], seeds: Sequence[int], once: Sequence[str] = ()) -> list[tuple[str, int]]:
     """Pair each agent with its seeds: all of them, or the first alone where it is in `once`.
 
@@ -256,9 +269,8 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def check_replaces(name: str, seeds: Sequence[int], agents: Sequence[str] = (), once: Sequence[str] = ()) -> None:
     """Raise ValueError if `artifacts/results/name.json` holds agents or seeds that one in its place would lack."""
-    try:
-        there = load_result(name, experiments.RESULTS)
-    except (FileNotFoundError, ValueError):  # none, or one that is damaged and to be made again
+    there = known_result(name)
+    if there is None:
         return
     lost = [agent for agent in there.get("weights", ()) if agent not in agents]
     lost += [f"seed {seed}" for seed in there["seeds"] if seed not in seeds]
@@ -277,7 +289,16 @@ def _untrained(settings: Profile, trained: ADPolicy) -> ADPolicy:
     return policy
 
 
-def _references(settings: Profile, splits: Sequence[str] = ("test", "ood")) -> dict[str, Any]:
+def _references(
+    settings: Profile, splits: Sequence[str] = ("test", "ood"), known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `adbook.experiments.references` measures, by split; on some tasks it has to record the source's runs."""
+    described = describe(settings)
+    if known is not None and all(
+        content_hash(known["settings"][key]) == content_hash(described[key])
+        for key in ("family", "split", "n_test", "source")
+    ):
+        return {split: known["references"][split] for split in splits}
     return {split: vars(references(settings, split)) for split in splits}
 
 

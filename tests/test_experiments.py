@@ -9,7 +9,7 @@ import torch
 from adbook import checkpoints, experiments, results, vectors
 from adbook.__main__ import main
 from adbook.checkpoints import publish, published_policy, train_on_gpu, trained_policy
-from adbook.experiments import AGENTS, PROFILES, as_agent, evaluate, profile, references, source_histories
+from adbook.experiments import AGENTS, PROFILES, References, as_agent, evaluate, profile, references, source_histories
 from adbook.policy import ADPolicy
 from adbook.recipes import recipe
 from adbook.sources import PPOConfig
@@ -282,6 +282,15 @@ def test_ablations_change_one_factor_and_hold_the_profile_itself(runs):
     assert returns.shape == (len(rows), 2, settings.n_test, settings.episodes)
     assert np.isfinite(returns).all()
     assert (returns[:, 0] != returns[:, 1]).any(axis=(1, 2)).all()
+
+
+def test_references_of_the_same_tasks_are_not_measured_again(monkeypatch):
+    monkeypatch.setattr(results, "references", lambda settings, split: References(*np.full((3, 2), settings.n_test)))
+    ends = {split: {"random": [1.0], "source": [2.0], "start": [1.5]} for split in ("test", "ood")}
+    known = json.loads(json.dumps({"settings": experiments.describe(profile("smoke")), "references": ends}))
+    assert results._references(profile("smoke", head="mse"), known=known) == ends
+    others = results._references(profile("smoke", n_test=3), known=known)
+    assert others["ood"]["random"].tolist() == [3, 3]
 
 
 def test_a_result_survives_the_disk_and_a_missing_one_names_what_is_there(runs, tmp_path):
