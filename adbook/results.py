@@ -226,7 +226,7 @@ def load_result(name: str, folder: str | os.PathLike = experiments.RESULTS) -> d
         there = ", ".join(sorted(p.stem for p in Path(folder).glob("*.json"))) or "none"
         raise FileNotFoundError(
             f"no result {name!r} in {folder} (there: {there}); make it with `python -m adbook results` (or ablations, "
-            "or bench) with the same --profile and --family"
+            "baselines or bench) with the same --profile and --family"
         )
     try:
         return json.loads(path.read_text())

@@ -43,7 +43,7 @@ def test_both_are_trained_on_training_tasks_played_on_test_tasks_and_found_again
 
 def test_seeds_that_a_result_holds_are_not_made_again(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(runs, "_with_seed", lambda settings, _: made.append(settings.seed) or {"seed": settings.seed})
+    monkeypatch.setattr(runs, "_with_seed", lambda settings, *_: made.append(settings.seed) or {"seed": settings.seed})
     first = runs.baselines(profile("smoke"), seeds=(4,))
     known = load_result("b", save_result("b", first, tmp_path).parent)
     longer = runs.baselines(profile("smoke"), seeds=(0, 4), known=known)

@@ -169,6 +169,8 @@ def baselines(
     seeds: Sequence[int] = (0, 1, 2),
     methods: Sequence[str] = METHODS,
     known: dict[str, Any] | None = None,
+    *,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Meta-train each method with each seed, and play it on the held-out tasks of `adbook.results.in_context`.
 
@@ -179,6 +181,7 @@ def baselines(
         seeds: of meta-training.
         methods: of `METHODS`.
         known: such a result; the seeds that it holds are taken from it, if it is one of the same settings.
+        recompute: leave the repository's networks aside.
 
     Returns:
         JSON: "each", by seed {"returns" by split and method (tasks, episodes), "minutes" of meta-training by method,
@@ -188,16 +191,19 @@ def baselines(
     described = as_written({"settings": describe(settings), "configs": configs, "methods": methods})
     same = known is not None and all(content_hash(known[key]) == content_hash(described[key]) for key in described)
     there = dict(zip(known["seeds"], known["each"], strict=True)) if same else {}
-    each = [there.get(seed) or _with_seed(replace(settings, seed=seed), methods) for seed in seeds]
+    each = [there.get(seed) or _with_seed(replace(settings, seed=seed), methods, recompute) for seed in seeds]
     return described | {"seeds": list(seeds), "each": each}
 
 
-def _with_seed(settings: Profile, methods: Sequence[str]) -> dict[str, Any]:
+def _with_seed(settings: Profile, methods: Sequence[str], recompute: bool) -> dict[str, Any]:
     """A seed's part of `baselines`."""
     made, splits = provenance(), ("test", "ood", *(["macaw"] if settings.macaw_tasks else []))
-    trained = {method: trained_mql(settings) if method == "mql" else trained_macaw(settings) for method in methods}
+    trained = {
+        method: (trained_mql if method == "mql" else trained_macaw)(settings, recompute=recompute) for method in methods
+    }
     plays = [(split, method) for split in splits for method in methods if (method, split) != ("macaw", "ood")]
-    jobs = (delayed(_play)(settings, agent(settings, method, split), split) for split, method in plays)
+    agents = (agent(settings, method, split, recompute=recompute) for split, method in plays)
+    jobs = (delayed(_play)(settings, one, split) for one, (split, _) in zip(agents, plays, strict=True))
     done = Parallel(n_jobs=-1, return_as="generator")(jobs)
     returns: dict[str, dict[str, np.ndarray]] = {split: {} for split in splits}
     for (split, method), played in zip(plays, tqdm(done, total=len(plays), unit="rollout"), strict=True):
