@@ -202,7 +202,8 @@ def _with_seed(settings: Profile, methods: Sequence[str], recompute: bool) -> di
         method: (trained_mql if method == "mql" else trained_macaw)(settings, recompute=recompute) for method in methods
     }
     plays = [(split, method) for split in splits for method in methods if (method, split) != ("macaw", "ood")]
-    agents = (agent(settings, method, split, recompute=recompute) for split, method in plays)
+    # All before the first is played: to record what MACAW adapts to is a parallel job of its own.
+    agents = [agent(settings, method, split, recompute=recompute) for split, method in plays]
     jobs = (delayed(_play)(settings, one, split) for one, (split, _) in zip(agents, plays, strict=True))
     done = Parallel(n_jobs=-1, return_as="generator")(jobs)
     returns: dict[str, dict[str, np.ndarray]] = {split: {} for split in splits}
