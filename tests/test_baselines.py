@@ -1,5 +1,7 @@
 """The baselines with a profile's settings: what they are trained on, played on, and kept as."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,17 @@ def test_seeds_that_a_result_holds_are_not_made_again(monkeypatch, tmp_path):
     assert made == [4, 0]
     runs.baselines(profile("smoke", n_tasks=3), seeds=(4,), known=known)
     assert made == [4, 0, 4]  # of other settings
+
+
+def test_all_agents_are_made_before_the_first_plays(monkeypatch):
+    """To make one can be a parallel job itself, which another one that runs would wait for, for ever."""
+    made, trained = [], SimpleNamespace(about={"minutes": 1.0})
+    monkeypatch.setattr(runs, "trained_macaw", lambda *_, **__: trained)
+    monkeypatch.setattr(runs, "trained_mql", lambda *_, **__: trained)
+    monkeypatch.setattr(runs, "agent", lambda *args, **_: made.append(args))
+    monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: (len(made) for _ in jobs))
+    returns = runs._with_seed(profile("smoke", "half-cheetah-vel"), runs.METHODS, recompute=False)["returns"]
+    assert {n for methods in returns.values() for n in methods.values()} == {8}  # of three splits
 
 
 def test_macaw_trains_on_the_histories_of_training_tasks_and_adapts_to_those_of_its_test_task():
