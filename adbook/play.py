@@ -73,7 +73,7 @@ def play(
             record.begin()
             if not record.active.any():
                 break
-            with _alone():  # not around the yield: it would follow the caller home
+            with one_thread(), torch.inference_mode():  # not around the yield: it would follow the caller home
                 batch = (torch.from_numpy(x.copy()).to(device) for x in (record.observation, reward, record.start))
                 observation, fed, start = batch
                 fed = None if withhold_reward else fed
@@ -86,13 +86,12 @@ def play(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Inference in one thread: a step is too little work to share, and threads that wait stall on a busy machine."""
+def one_thread() -> Iterator[None]:
+    """Have torch work in one thread: small work is not worth sharing, and threads that wait stall on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -25,7 +25,7 @@ def test_both_are_trained_on_training_tasks_played_on_test_tasks_and_found_again
         original = getattr(runs, name)
         monkeypatch.setattr(runs, name, lambda *a, f=original, **k: trained_on.append(a[-1]) or f(*a, **k))
     settings = profile("smoke")
-    result = runs.baselines(settings, seeds=(0,))
+    result = runs.baselines(settings, seeds=(0,), n_jobs=1)
     for split, methods in {"test": {"macaw", "macaw-online", "mql"}, "ood": {"macaw-online", "mql"}}.items():
         returns = runs.returns(result, split)
         assert set(returns) == methods
@@ -38,28 +38,28 @@ def test_both_are_trained_on_training_tasks_played_on_test_tasks_and_found_again
     assert set(goals) == {task.goal for task in settings.train_tasks}
     for mine, theirs in zip(transitions, goals.values(), strict=True):
         np.testing.assert_array_equal(mine.observations, theirs.observations)
-    again = runs.returns(runs.baselines(settings, seeds=(0,)), "test")
+    again = runs.returns(runs.baselines(settings, seeds=(0,), n_jobs=1), "test")
     np.testing.assert_array_equal(again["mql"], runs.returns(result, "test")["mql"])
     assert len(trained_on) == 2
 
 
 def test_seeds_that_a_result_holds_are_not_made_again(monkeypatch, tmp_path):
     made = []
+    monkeypatch.setattr(runs, "_train", lambda *_: None)
     monkeypatch.setattr(runs, "_with_seed", lambda settings, *_: made.append(settings.seed) or {"seed": settings.seed})
-    first = runs.baselines(profile("smoke"), seeds=(4,))
+    first = runs.baselines(profile("smoke"), seeds=(4,), n_jobs=1)
     known = load_result("b", save_result("b", first, tmp_path).parent)
-    longer = runs.baselines(profile("smoke"), seeds=(0, 4), known=known)
+    longer = runs.baselines(profile("smoke"), seeds=(0, 4), known=known, n_jobs=1)
     assert longer["each"] == [{"seed": 0}, {"seed": 4}]
     assert made == [4, 0]
-    runs.baselines(profile("smoke", n_tasks=3), seeds=(4,), known=known)
+    runs.baselines(profile("smoke", n_tasks=3), seeds=(4,), known=known, n_jobs=1)
     assert made == [4, 0, 4]  # of other settings
 
 
 def test_all_agents_are_made_before_the_first_plays(monkeypatch):
     """To make one can be a parallel job itself, which another one that runs would wait for, for ever."""
     made, trained = [], SimpleNamespace(about={"minutes": 1.0})
-    monkeypatch.setattr(runs, "trained_macaw", lambda *_, **__: trained)
-    monkeypatch.setattr(runs, "trained_mql", lambda *_, **__: trained)
+    monkeypatch.setattr(runs, "_TRAINED", dict.fromkeys(("macaw", "mql"), lambda *_, **__: trained))
     monkeypatch.setattr(runs, "agent", lambda *args, **_: made.append(args))
     monkeypatch.setattr(runs, "Parallel", lambda **_: lambda jobs: (len(made) for _ in jobs))
     returns = runs._with_seed(profile("smoke", "half-cheetah-vel"), runs.METHODS, recompute=False)["returns"]

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from adbook.checks import check_layers, check_positive, check_whole
 from adbook.files import content_hash
 from adbook.histories import LearningHistory
+from adbook.play import one_thread
 from adbook.stored import load_module, load_training, save_module, save_training
 
 CHECKPOINT_EVERY = 1000  # updates
@@ -267,6 +268,7 @@ class MACAW(nn.Module):
         return load_module(Path(path), cls, make)
 
 
+@one_thread()
 def meta_train(
     macaw: MACAW, tasks: Sequence[Transitions], *, checkpoint: str | os.PathLike | None = None, progress: bool = True
 ) -> tuple[np.ndarray, float]:

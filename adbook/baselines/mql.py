@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from adbook.baselines.mql_replay import Batch, MQLConfig, Replay, no_past, remembered
 from adbook.files import content_hash
+from adbook.play import one_thread
 from adbook.stored import load_training, save_training
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import TaskVector
@@ -95,7 +96,9 @@ class Learner:
         """Start with fresh optimisers and with targets that equal `model`, which is changed in place."""
         rate = model.config.learning_rate if learning_rate is None else learning_rate
         self.model, self.target = model, copy.deepcopy(model).requires_grad_(False)
-        self.optimizers = [torch.optim.Adam(net.parameters(), lr=rate) for net in (model.critics, model.actor)]
+        self.optimizers = [
+            torch.optim.Adam(net.parameters(), lr=rate, fused=True) for net in (model.critics, model.actor)
+        ]
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = 0
 
@@ -136,7 +139,7 @@ class Learner:
 
     def _step(self, which: int, loss: Tensor) -> None:
         self.optimizers[which].zero_grad()
-        loss.backward()
+        loss.backward(inputs=[p for group in self.optimizers[which].param_groups for p in group["params"]])
         self.optimizers[which].step()
 
 
@@ -148,6 +151,7 @@ def proximal(net: nn.Module, anchor: nn.Module | None, pull: float) -> Tensor | 
     return pull / 2 * sum((p - a.detach()).square().sum() for p, a in pairs)
 
 
+@one_thread()
 def meta_train(
     model: MQL,
     family: TaskFamily,

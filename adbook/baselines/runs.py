@@ -46,7 +46,7 @@ _MACAW_SCALE = {
 }
 _MQL_SCALE = {
     "smoke": {"hidden": (16, 16), "batch": 32, "updates_per_step": 0.02},
-    "laptop": {"steps": 400_000},
+    "laptop": {"steps": 400_000, "updates_per_step": 0.125},
     "paper": {"steps": 2_000_000, "updates_per_step": 1.0},
 }
 _REPLAY_EPISODES = 6  # that are kept of each task's meta-training, for adaptation
@@ -115,6 +115,9 @@ def trained_mql(settings: Profile, *, recompute: bool = False, progress: bool = 
     return trained
 
 
+_TRAINED = {"macaw": trained_macaw, "mql": trained_mql}
+
+
 def by_task(settings: Profile, split: str, discount: float) -> dict[tuple[float, ...], Transitions]:
     """Return the transitions of a split's tasks by goal.
 
@@ -171,6 +174,7 @@ def baselines(
     known: dict[str, Any] | None = None,
     *,
     recompute: bool = False,
+    n_jobs: int = -1,
 ) -> dict[str, Any]:
     """Meta-train each method with each seed, and play it on the held-out tasks of `adbook.results.in_context`.
 
@@ -182,6 +186,7 @@ def baselines(
         methods: of `METHODS`.
         known: such a result; the seeds that it holds are taken from it, if it is one of the same settings.
         recompute: leave the repository's networks aside.
+        n_jobs: processes that meta-train side by side, one thread each; -1: one a core.
 
     Returns:
         JSON: "each", by seed {"returns" by split and method (tasks, episodes), "minutes" of meta-training by method,
@@ -191,16 +196,23 @@ def baselines(
     described = as_written({"settings": describe(settings), "configs": configs, "methods": methods})
     same = known is not None and all(content_hash(known[key]) == content_hash(described[key]) for key in described)
     there = dict(zip(known["seeds"], known["each"], strict=True)) if same else {}
-    each = [there.get(seed) or _with_seed(replace(settings, seed=seed), methods, recompute) for seed in seeds]
+    new = [replace(settings, seed=seed) for seed in seeds if seed not in there]
+    kinds = sorted({method.removesuffix("-online") for method in methods})
+    Parallel(n_jobs)(delayed(_train)(one, kind, recompute) for one in new for kind in kinds)
+    made = {one.seed: _with_seed(one, methods, recompute) for one in new}
+    each = [(there | made)[seed] for seed in seeds]
     return described | {"seeds": list(seeds), "each": each}
+
+
+def _train(settings: Profile, kind: str, recompute: bool) -> None:
+    """Have a method meta-trained, and found by the next who asks."""
+    _TRAINED[kind](settings, recompute=recompute)
 
 
 def _with_seed(settings: Profile, methods: Sequence[str], recompute: bool) -> dict[str, Any]:
     """A seed's part of `baselines`."""
     made, splits = provenance(), ("test", "ood", *(["macaw"] if settings.macaw_tasks else []))
-    trained = {
-        method: (trained_mql if method == "mql" else trained_macaw)(settings, recompute=recompute) for method in methods
-    }
+    trained = {method: _TRAINED[method.removesuffix("-online")](settings, recompute=recompute) for method in methods}
     plays = [(split, method) for split in splits for method in methods if (method, split) != ("macaw", "ood")]
     # All before the first is played: to record what MACAW adapts to is a parallel job of its own.
     agents = [agent(settings, method, split, recompute=recompute) for split, method in plays]
