@@ -194,7 +194,7 @@ def baselines(
     """
     configs = {"macaw": asdict(macaw_config(settings)), "mql": [asdict(config) for config in mql_config(settings)]}
     described = as_written({"settings": describe(settings), "configs": configs, "methods": methods})
-    same = known is not None and all(content_hash(known[key]) == content_hash(described[key]) for key in described)
+    same = known is not None and all(content_hash(known.get(key)) == content_hash(described[key]) for key in described)
     there = dict(zip(known["seeds"], known["each"], strict=True)) if same else {}
     new = [replace(settings, seed=seed) for seed in seeds if seed not in there]
     kinds = sorted({method.removesuffix("-online") for method in methods})
