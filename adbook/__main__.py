@@ -120,14 +120,15 @@ def results(options: argparse.Namespace) -> None:
 def baselines(options: argparse.Namespace) -> None:
     """Meta-train MACAW and MQL, play them on held-out tasks, write the numbers; keep the first seed's networks."""
     from adbook import experiments
-    from adbook.baselines.runs import baselines, publish
+    from adbook.baselines.runs import BASELINES, baselines, publish
     from adbook.files import check_writable
     from adbook.results import check_replaces, check_seeds, known_result, save_result
 
     name = f"baselines-{options.family}-{options.profile}"
     check_seeds(options.seeds)
     check_replaces(name, options.seeds)
-    check_writable(experiments.RESULTS)
+    for folder in (experiments.RESULTS, BASELINES, experiments.RUNS / "baselines"):
+        check_writable(folder)
     settings = experiments.profile(options.profile, options.family)
     print(save_result(name, baselines(settings, options.seeds, known=known_result(name))))
     for path in publish(replace(settings, seed=options.seeds[0])):

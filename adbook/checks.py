@@ -19,6 +19,12 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
+def check_seed(seed: object) -> None:
+    """Raise ValueError if `seed` is none that torch's and numpy's dice both take."""
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to below 2**63")
+
+
 def check_layers(hidden: object, least: int = 0) -> None:
     """Raise ValueError if `hidden` is not a tuple of at least `least` layer widths."""
     if not isinstance(hidden, tuple) or len(hidden) < least or not all(type(w) is int and w >= 1 for w in hidden):
@@ -32,9 +38,17 @@ def is_number(value: object) -> bool:
     )
 
 
-def check_positive(settings: object, names: Sequence[str]) -> None:
-    """Raise ValueError if an attribute is not a positive finite number."""
+def check_share(settings: object, names: Sequence[str]) -> None:
+    """Raise ValueError if an attribute is not a number from 0 to 1."""
     for name in names:
         value = getattr(settings, name)
-        if not is_number(value) or value <= 0:
-            raise ValueError(f"{name}={value!r} must be a positive number")
+        if not is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r} must be from 0 to 1")
+
+
+def check_positive(settings: object, names: Sequence[str], *, or_zero: bool = False) -> None:
+    """Raise ValueError if an attribute is not a finite number above 0, or 0 where that is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if not is_number(value) or value < 0 or (value == 0 and not or_zero):
+            raise ValueError(f"{name}={value!r} must be a positive number{' or 0' if or_zero else ''}")

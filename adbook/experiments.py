@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from adbook import generation, metrics, symmetry
-from adbook.checks import check_known, check_whole
+from adbook.checks import check_known, check_seed, check_whole
 from adbook.datasets import SPLITS, load_histories, thinned
 from adbook.histories import LearningHistory, read_histories
 from adbook.mamba import Mamba, MambaConfig
@@ -65,9 +65,7 @@ class Profile:
             ValueError: a seed that is none, more tasks than the family has, or a context longer than the source's
                 histories.
         """
-        check_whole("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed} must be below 2**63")
+        check_seed(self.seed)
         for name in ("episodes", "n_tasks", "n_test"):
             check_whole(name, getattr(self, name))
         check_whole("kept", 1 if self.kept is None else self.kept)

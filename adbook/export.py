@@ -98,11 +98,6 @@ def _check(policy: ADPolicy, family: TaskFamily, bits: int) -> None:
     if policy.config.return_to_go:
         raise ValueError("the page cannot show a return-to-go: export a policy trained with return_to_go=False")
     check_fits(policy, family)
-    if policy.config.action_scale != family.action_scale:
-        raise ValueError(
-            f"the policy has action_scale={policy.config.action_scale}, {family.name} {family.action_scale}; "
-            "give a policy that was trained on this family"
-        )
     numbers = [*(getattr(policy, name) for name in _STATISTICS), policy.config.log_std_min, policy.config.log_std_max]
     if not all(torch.as_tensor(number).isfinite().all() for number in numbers):
         raise ValueError("the policy's normalisation or its bounds of log σ are not finite; train it again")

@@ -188,14 +188,13 @@ def _check_request(policy: nn.Module, family: TaskFamily, tasks: Sequence[Task],
 
 
 def check_fits(policy: nn.Module, family: TaskFamily) -> None:
-    """Raise ValueError if a policy is made for observations or actions of other sizes than the family's."""
+    """Raise ValueError if a policy is made for observations, actions or episodes of other sizes than the family's."""
     config = getattr(policy, "config", None)  # a RandomPolicy fits every observation and has none
-    for size in ("observation_size", "action_size"):
-        if config is not None and getattr(config, size) != getattr(family, size):
-            raise ValueError(
-                f"The policy has {size} {getattr(config, size)}, {family.name} has {getattr(family, size)}; "
-                "give a policy that was trained on this family."
-            )
+    for size in ("observation_size", "action_size", "action_scale", "horizon"):
+        its, wanted = (getattr(x, size, None) for x in (config, family))  # few policies depend on the horizon
+        if None not in (its, wanted) and its != wanted:
+            told = f"The policy has {size} {its}, {family.name} has {wanted}"
+            raise ValueError(f"{told}; give a policy that was trained on this family.")
 
 
 def checksum(policy: nn.Module) -> str:

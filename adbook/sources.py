@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from adbook.checks import check_layers, check_positive, check_whole, is_number
+from adbook.checks import check_layers, check_positive, check_share, check_whole, is_number
 from adbook.droq import DroQ
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import Stream, TaskVector
@@ -165,9 +165,7 @@ def _check(config: SourceConfig, at_least_1: tuple[str, ...] = (), shares: tuple
     for name in at_least_1:
         check_whole(name, getattr(config, name))
     check_layers(config.hidden)
-    for name in shares:
-        if not is_number(getattr(config, name)) or not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name}={getattr(config, name)!r} must be from 0 to 1")
+    check_share(config, shares)
     check_positive(config, ("learning_rate",))
     if config.streams > config.n_envs:
         raise ValueError(f"streams={config.streams} exceeds n_envs={config.n_envs}; record at most every environment")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -31,9 +32,16 @@ def save_module(
         module: the module; its class is written down too.
         described: anything JSON can hold.
         half: names of tensors to keep in 16 bits; reading gives 32 again.
+
+    Raises:
+        ValueError: a finite number that 16 bits cannot hold.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    tensors |= {name: tensors[name].half() for name in half}
+    for name in half:
+        narrow = tensors[name].half()
+        if not torch.equal(narrow.isfinite(), tensors[name].isfinite()):
+            raise ValueError(f"{name} holds numbers above 65,504, too large for 16 bits; keep it in 32")
+        tensors[name] = narrow
     header = {"kind": _kind(type(module)), "schema": str(SCHEMA), "json": json.dumps(described)}
     return write_whole(path, lambda file: file.write_bytes(save(tensors, header)))
 
@@ -52,15 +60,19 @@ def load_module(path: Path, kind: type[Module], make: Callable[[dict[str, Any]],
     try:
         with safe_open(path, framework="pt") as opened:
             header = opened.metadata() or {}
-            if (header.get("kind"), header.get("schema")) != (_kind(kind), str(SCHEMA)):
-                there = f"{header.get('kind')} of schema {header.get('schema')}"
-                raise ValueError(f"{path} holds {there}, not {_kind(kind)} of schema {SCHEMA}; train it again")
-            module = make(json.loads(header["json"]))
-            module.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-    # RuntimeError: a tensor that is missing or of another shape
-    except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        told = f"{path} is damaged or not of {_kind(kind)} ({error!r}); train it again"
-        raise ValueError(told) from error
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        described = json.loads(header.get("json", "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise _unreadable(path, kind, error) from error
+    if (header.get("kind"), header.get("schema")) != (_kind(kind), str(SCHEMA)):
+        there = f"{header.get('kind')} of schema {header.get('schema')}"
+        raise ValueError(f"{path} holds {there}, not {_kind(kind)} of schema {SCHEMA}; delete it to train it again")
+    try:
+        module = make(described)
+        module.load_state_dict(tensors)
+    # RuntimeError: a tensor that is missing or of another shape; ValueError: settings that cannot run
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, kind, error) from error
     return module.eval()
 
 
@@ -119,6 +131,10 @@ def load_training(
 
 def _prefixes(optimizers: Sequence[Optimizer]) -> list[str]:
     return [f"optimizer{k or ''}" for k in range(len(optimizers))]
+
+
+def _unreadable(path: Path, kind: type[nn.Module], error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged or not of {_kind(kind)} ({error!r}); delete it to train it again")
 
 
 def _damaged(path: str | os.PathLike, error: Exception) -> ValueError:

@@ -89,3 +89,31 @@ def test_there_is_nothing_to_adapt_to_out_of_distribution(kept):
         runs.agent(profile("smoke"), "macaw", "ood")
     with pytest.raises(ValueError, match=r"unknown method 'macaws' .*did you mean 'macaw'"):
         runs.agent(profile("smoke"), "macaws", "test")
+
+
+def test_what_cannot_be_played_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(runs, "_TRAINED", {})  # a KeyError if it is asked
+    monkeypatch.setattr(runs, "trained_macaw", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(runs, "trained_mql", lambda *_, **__: pytest.fail("trained"))
+    settings = profile("smoke")
+    for method, split, message in (
+        ("maccaw", "test", r"unknown method 'maccaw' \(did you mean 'macaw'\?\)"),
+        ("mql", "tests", r"unknown split 'tests' \(did you mean 'test'\?\)"),
+        ("macaw", "ood", "there are none of split 'ood'; use macaw-online"),
+        ("macaw", "macaw", "tasks is empty"),  # Reacher-Goal has no such split
+    ):
+        with pytest.raises(ValueError, match=message):
+            runs.agent(settings, method, split)
+    with pytest.raises(ValueError, match="unknown method 'nope'"):
+        runs.baselines(settings, methods=("mql", "nope"), n_jobs=1)
+    with pytest.raises(ValueError, match=r"seeds=\(0, 0\) must be different"):
+        runs.baselines(settings, seeds=(0, 0), n_jobs=1)
+
+
+def test_they_play_the_means_of_their_actions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        runs, "evaluate", lambda *args, **options: asked.append(options) or SimpleNamespace(returns=np.ones(1))
+    )
+    runs._play(profile("smoke"), None, "test")
+    assert asked == [{"deterministic": True}]

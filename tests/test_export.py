@@ -59,7 +59,7 @@ def _with(weight):
         (lambda: _with(1e5), {}, r"head.weight has a weight of 100000, .* use bits=32"),
         (lambda: _with(float("nan")), {"bits": 32}, "head.weight has a weight of nan, .*train it again"),
         (lambda: policy(SMALL, log_std_min=float("-inf")), {}, "bounds of log σ are not finite"),
-        (lambda: policy(SMALL, action_scale=2.0), {}, r"action_scale=2.0, reacher-goal 1.0"),
+        (lambda: policy(SMALL, action_scale=2.0), {}, r"action_scale 2\.0, reacher-goal has 1\.0"),
     ],
 )
 def test_what_a_page_cannot_run_is_refused_before_a_file_is_written(reacher, tmp_path, given, options, told):

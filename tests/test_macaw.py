@@ -1,7 +1,7 @@
 """MACAW piece by piece: returns, weights, generated layers, inner step, outer gradient, and adaptation at play."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import adbook
 from adbook.baselines import macaw
 from adbook.baselines.macaw import MACAW, GeneratedLayers, MACAWConfig, Transitions
 from adbook.baselines.macaw_adaptation import AdaptingMACAW
+from adbook.stored import save_module
 
 TINY = MACAWConfig(3, 2, hidden=(5, 4), latent=3, batch=6, tasks=2, updates=2)
 
@@ -249,6 +250,34 @@ def test_too_few_transitions_are_refused(batch):
         macaw.meta_train(MACAW(TINY), [batch], progress=False)
 
 
+def with_nan(x):
+    return x.index_fill(0, torch.tensor(3), math.nan)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("returns", lambda x: x[:, None], r"returns of \w+ 0 are of shape \(20, 1\); they must be"),
+        ("observations", lambda x: x[:, 1:], r"observations of \w+ 0 are of shape \(20, 2\); they must be \(20, 3\)"),
+        ("actions", lambda x: x[1:], r"actions of \w+ 0 are of shape \(19, 2\); they must be \(20, 2\)"),
+        ("steps", with_nan, r"steps of \w+ 0 are not all finite"),
+        ("steps", list, r"\w+ 0 is Transitions, not Transitions of tensors"),
+    ],
+)
+def test_transitions_that_are_none_are_refused(three_tasks, part, change, message):
+    strange = three_tasks[0]._replace(**{part: change(getattr(three_tasks[0], part))})
+    with pytest.raises(ValueError, match=message):
+        macaw.meta_train(MACAW(TINY), [strange], progress=False)
+    with pytest.raises(ValueError, match=message):
+        AdaptingMACAW(MACAW(TINY), [strange])
+
+
+def test_histories_of_two_tasks_are_not_one():
+    histories = adbook.load_histories("reacher-goal", split="test")
+    with pytest.raises(ValueError, match="histories of 16 tasks given"):
+        macaw.transitions(histories, 0.9)
+
+
 def test_a_task_adapts_when_its_next_episode_starts_and_as_from_the_same_transitions():
     """Episodes of 4 steps and of 7: with a batch of 6 the first task is due after 8 steps, the second after 7."""
     agent = AdaptingMACAW(MACAW(replace(TINY, inner_rate=1.0)))
@@ -313,8 +342,23 @@ def test_it_survives_the_disk_in_half_precision(tmp_path):
     for name, value in meta.named_parameters():
         torch.testing.assert_close(dict(loaded.named_parameters())[name], value, rtol=1e-3, atol=1e-6)
     (tmp_path / "m.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"m\.safetensors is damaged or not of adbook\.MACAW .*train it again"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is damaged or not of adbook\.MACAW .*delete it to train it"):
         MACAW.load(tmp_path / "m.safetensors")
+
+
+def test_settings_in_a_file_that_cannot_run_are_told_with_its_name(tmp_path):
+    meta = MACAW(TINY)
+    path = save_module(tmp_path / "m.safetensors", meta, {"config": asdict(TINY) | {"latent": 0}, "about": {}})
+    with pytest.raises(ValueError, match=r"m\.safetensors is damaged .*latent=0 must be"):
+        MACAW.load(path)
+
+
+def test_a_number_that_16_bits_cannot_hold_is_refused(tmp_path):
+    meta = MACAW(TINY)
+    meta.value_rates.data[0, 0] = 1e5
+    with pytest.raises(ValueError, match="value_rates holds numbers above 65,504"):
+        meta.save(tmp_path / "m.safetensors", {}, half=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -322,7 +366,12 @@ def test_it_survives_the_disk_in_half_precision(tmp_path):
     [
         ({"latent": 0}, "latent=0 must be a whole"),
         ({"std": float("nan")}, "std=nan must be a positive number"),
-        ({"stretches": float("nan")}, "stretches=nan must be a share"),
+        ({"stretches": float("nan")}, "stretches=nan must be from 0 to 1"),
+        ({"discount": 2.0}, r"discount=2\.0 must be from 0 to 1"),
+        ({"advantage": -5.0}, r"advantage=-5\.0 must be a positive number or 0"),
+        ({"batch": 1}, "batch=1 must be a whole number of at least 2"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be a whole number from 0 to below"),
+        ({"hidden": 5}, "hidden=5 must be a tuple of layer widths"),
     ],
 )
 def test_settings_that_cannot_run_are_refused(change, message):

@@ -1,6 +1,7 @@
 """MQL piece by piece: contexts, targets, the proximal term, propensity, effective sample size, adaptation at play."""
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -203,6 +204,29 @@ def test_weights_are_held_the_more_the_fewer_old_transitions_are_like_the_new(mo
     assert pulls[-1] == pytest.approx(0.75, abs=0.1)
 
 
+def test_adaptation_weighs_old_transitions_and_is_drawn_to_the_meta_trained_weights(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Learner, "update", lambda self, batch, weights=None, *, anchor, pull: seen.append((batch, weights, anchor))
+    )
+    mql_adaptation.adapt(model, filled(n=1, seed=1), filled(), QUICK)
+    assert all(anchor is model for *_, anchor in seen)
+    assert [weights is None for _, weights, _ in seen] == [True] * 2 + [False] * 4
+    assert all(weights.shape == (QUICK.old_batch,) for _, weights, _ in seen[2:])
+    with pytest.raises(ValueError, match="the number of steps in new=0 must be"):
+        mql_adaptation.adapt(model, Replay(1, 4, TINY), filled(), QUICK)
+
+
+def test_an_agent_remembers_no_step_of_the_episode_before(model):
+    agent = AdaptingMQL(model, filled(), replace(QUICK, steps=100))
+    state = agent.init_state(2)
+    for t in range(3):
+        start = torch.tensor([t == 0, t in (0, 2)])
+        _, state = agent.act(torch.ones(2, 2), torch.ones(2), start, state)
+    assert state.past[0, 1:].all()
+    assert not state.past[1].any()
+
+
 def test_a_task_adapts_at_the_first_start_of_an_episode_after_enough_steps_and_alone(model):
     """Episodes of 4 and of 6 steps, at least 7 steps before adaptation: due at steps 8 and 12."""
     agent = AdaptingMQL(model, filled(), replace(QUICK, steps=7))
@@ -237,7 +261,9 @@ def test_what_an_agent_has_seen_becomes_a_replay():
 
 def test_meta_training_repeats_itself_and_learns_from_all_tasks_in_order():
     known = adbook.family("reacher-goal")
-    config = MQLConfig(8, 2, hidden=(8,), memory=4, batch=8, steps=240, random_steps=120, updates_per_step=0.1)
+    config = MQLConfig(
+        8, 2, horizon=50, hidden=(8,), memory=4, batch=8, steps=240, random_steps=120, updates_per_step=0.1
+    )
     models = [MQL(config), MQL(config), MQL(replace(config, seed=1))]
     replays = [mql.meta_train(model, known, known.train_tasks[:2], progress=False)[0] for model in models]
     assert same(models[0], models[1])
@@ -253,7 +279,9 @@ def test_meta_training_repeats_itself_and_learns_from_all_tasks_in_order():
 def test_meta_training_that_was_killed_keeps_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(mql, "CHECKPOINT_EVERY", 120)
     known, checkpoint = adbook.family("reacher-goal"), tmp_path / "mql.training"
-    config = MQLConfig(8, 2, hidden=(8,), memory=4, batch=8, steps=240, random_steps=60, updates_per_step=0.1)
+    config = MQLConfig(
+        8, 2, horizon=50, hidden=(8,), memory=4, batch=8, steps=240, random_steps=60, updates_per_step=0.1
+    )
     whole, killed, resumed, again = (MQL(config) for _ in range(4))
 
     def trained(model):
@@ -283,8 +311,44 @@ def test_meta_training_that_was_killed_keeps_what_it_had(tmp_path, monkeypatch):
         mql.meta_train(MQL(config), known, known.train_tasks[:3], checkpoint=checkpoint, progress=False)
 
 
-def test_no_test_task_enters_meta_training(model):
-    known = adbook.family("reacher-goal")
+def test_meta_training_on_episodes_that_end_in_a_terminal_state(monkeypatch):
+    """Ant-Dir's: what was acted on is what the replay gives back, and the last observation is the episode's own."""
+    known = adbook.family("ant-dir")
+    config = MQLConfig(27, 8, hidden=(8,), memory=4, batch=8, steps=600, random_steps=560, updates_per_step=0.1)
+    pasts, explore, drawn = [], mql._explore, []
+
+    def watched(model, past, *args, random):
+        pasts.append(past.clone())
+        drawn.append(random)
+        return explore(model, past, *args, random=random)
+
+    monkeypatch.setattr(mql, "_explore", watched)
+    replay, _ = mql.meta_train(MQL(config), known, known.train_tasks[:2], progress=False)
+    steps = np.arange(300)
+    assert drawn == [True] * 280 + [False] * 20
+    for task in range(2):
+        batch = replay.at(steps, np.full(300, task))
+        torch.testing.assert_close(batch.past, torch.stack(pasts)[:, task])
+        ends = np.flatnonzero(replay.since_start[1:, task] == 0)
+        lengths = np.diff(np.concatenate(([-1], ends)))
+        np.testing.assert_array_equal(batch.terminated[ends], lengths < known.horizon)
+        assert batch.terminated[ends].any()
+        assert batch.terminated.sum() == batch.terminated[ends].sum() + batch.terminated[-1]
+        goes_on = np.setdiff1d(steps[:-1], ends)
+        torch.testing.assert_close(batch.next_observations[goes_on], batch.observations[goes_on + 1])
+        assert (batch.next_observations[ends] != batch.observations[ends + 1]).any(1).all()
+
+
+def test_a_family_of_another_size_is_refused(model):
+    known, config = adbook.family("reacher-goal"), MQLConfig(8, 2, hidden=(8,), memory=4)
+    with pytest.raises(ValueError, match="policy has horizon 200, reacher-goal has 50"):
+        mql.meta_train(MQL(config), known, known.train_tasks[:2], progress=False)
+    with pytest.raises(ValueError, match="policy has observation_size 2, reacher-goal has 8"):
+        mql.meta_train(model, known, known.train_tasks[:2], progress=False)
+
+
+def test_no_test_task_enters_meta_training():
+    known, model = adbook.family("reacher-goal"), MQL(MQLConfig(8, 2, horizon=50))
     for tasks in (
         known.test_tasks[:1],
         [*known.train_tasks[:3], known.ood_tasks[0]],
@@ -308,6 +372,12 @@ def test_it_survives_the_disk_with_its_replay(tmp_path, model):
     assert (loaded.config, loaded.adaptation, loaded.about, loaded.seed) == (TINY, QUICK, {"steps": 1}, 3)
     new = filled(n=1, seed=1)
     assert same(*(mql_adaptation.adapt(each.model, new, each.old, QUICK) for each in (agent, loaded)))
+    room = Replay(2, 20, TINY)
+    for name, values in agent.old.named_buffers():
+        getattr(room, name)[: len(values)] = values
+    room.steps = agent.old.steps
+    loaded = AdaptingMQL.load(AdaptingMQL(model, room, QUICK).save(tmp_path / "r.safetensors", {}))
+    assert (loaded.old.steps, len(loaded.old.rewards)) == (12, 20)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +386,9 @@ def test_it_survives_the_disk_with_its_replay(tmp_path, model):
         ({"context": 0}, "context=0 must be a whole"),
         ({"tau": 0.0}, r"tau=0\.0 must be a positive number"),
         ({"hidden": ()}, r"hidden=\(\) must be a tuple of layer widths"),
+        ({"tau": 5.0}, r"tau=5\.0 must be from 0 to 1"),
+        ({"discount": math.nan}, "discount=nan must be from 0 to 1"),
+        ({"exploration": -1.0}, r"exploration=-1\.0 must be a positive number or 0"),
         ({"random_steps": 10**6}, "random_steps=1000000 must be less than steps="),
     ],
 )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from tqdm import tqdm
 
-from adbook.checks import check_layers, check_positive, check_whole
+from adbook.checks import check_layers, check_positive, check_seed, check_share, check_whole
 from adbook.files import content_hash
 from adbook.histories import LearningHistory
 from adbook.play import one_thread
@@ -73,15 +73,17 @@ class MACAWConfig:
 
     def __post_init__(self):
         """Refuse settings that cannot run, ValueError."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON knows lists only
-        for name in ("observation_size", "action_size", "latent", "batch", "tasks", "updates"):
+        if isinstance(self.hidden, list):  # JSON knows lists only
+            object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("observation_size", "action_size", "latent", "tasks", "updates"):
             check_whole(name, getattr(self, name))
-        check_whole("seed", self.seed, 0)
+        check_whole("batch", self.batch, 2)  # advantages are standardised in it
+        check_seed(self.seed)
         rates = "learning_rate", "inner_rate", "rate_learning_rate"
         check_positive(self, ("action_scale", "std", "temperature", "max_weight", *rates))
+        check_positive(self, ("advantage",), or_zero=True)
+        check_share(self, ("discount", "stretches"))
         check_layers(self.hidden, 1)
-        if not 0 <= self.stretches <= 1:
-            raise ValueError(f"stretches={self.stretches} must be a share, from 0 to 1")
 
 
 class Transitions(NamedTuple):
@@ -105,7 +107,14 @@ def returns_and_steps(rewards: np.ndarray, episodes: Sequence[slice], discount: 
 
 
 def transitions(histories: Sequence[LearningHistory], discount: float) -> Transitions:
-    """Join the steps of histories, of one task, in their order."""
+    """Join the steps of histories, of one task, in their order.
+
+    Raises:
+        ValueError: histories of several tasks.
+    """
+    goals = {tuple(h.metadata["task"]["goal"]) for h in histories if "task" in h.metadata}
+    if len(goals) > 1:
+        raise ValueError(f"histories of {len(goals)} tasks given; give those of one")
     numbers = [returns_and_steps(h.rewards, h.episodes, discount) for h in histories]
     joined = (np.concatenate([getattr(h, name) for h in histories]) for name in ("observations", "actions"))
     arrays = (*joined, *map(np.concatenate, zip(*numbers, strict=True)))
@@ -119,6 +128,19 @@ def mlp(layers: Layers, x: Tensor) -> Tensor:
         if i < len(layers) - 1:
             x = x.relu()
     return x
+
+
+def check_transitions(batch: Transitions, config: MACAWConfig, name: str) -> None:
+    """Raise ValueError if transitions are not of the sizes of `config`, of one length and finite."""
+    if not isinstance(batch, Transitions) or not all(isinstance(x, Tensor) for x in batch):
+        raise ValueError(f"{name} is {type(batch).__name__}, not Transitions of tensors; make them with transitions()")
+    n = len(batch.returns) if batch.returns.ndim else 0
+    wanted = Transitions((n, config.observation_size), (n, config.action_size), (n,), (n,))
+    for part, x, shape in zip(Transitions._fields, batch, wanted, strict=True):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{part} of {name} are of shape {tuple(x.shape)}; they must be {shape}")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{part} of {name} are not all finite; drop the steps that are not")
 
 
 class GeneratedLayers(nn.Module):
@@ -287,10 +309,13 @@ def meta_train(
         The outer losses of value and policy, (updates, 2), and the seconds that it took.
 
     Raises:
-        ValueError: a task with fewer transitions than two batches; a checkpoint that is damaged or of another training.
+        ValueError: a task with fewer transitions than two batches, or of other sizes than the model's, or not finite; a
+            checkpoint that is damaged or of another training.
         FloatingPointError: a loss stopped being finite.
     """
     config = macaw.config
+    for i, task in enumerate(tasks):
+        check_transitions(task, config, f"task {i}")
     few = [i for i, task in enumerate(tasks) if len(task.returns) < 2 * config.batch]
     if few or not tasks:
         told = f"tasks {few} have fewer transitions" if few else "there is no task"

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adbook.baselines.macaw import MACAW, Layers, Transitions, mlp, returns_and_steps
+from adbook.baselines.macaw import MACAW, Layers, Transitions, check_transitions, mlp, returns_and_steps
 from adbook.baselines.seen import Seen
+from adbook.checks import check_whole
 
 
 class AdaptingState(NamedTuple):
@@ -31,8 +32,15 @@ class AdaptingMACAW(nn.Module):
         """Wrap `macaw`; `batches` are transitions of the tasks that are played next, in their order.
 
         Where one is None the task is played as it was meta-trained, to the end.
+
+        Raises:
+            ValueError: a batch of other sizes than the model's, of fewer than two transitions, or not finite.
         """
         super().__init__()
+        for i, batch in enumerate(batches or []):
+            if batch is not None:
+                check_transitions(batch, macaw.config, f"batch {i}")
+                check_whole(f"the length of batch {i}", len(batch.returns), 2)
         self.macaw, self.config, self.batches = macaw, macaw.config, batches
 
     def init_state(self, n: int) -> AdaptingState:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from adbook.baselines.mql_replay import Batch, MQLConfig, Replay, no_past, remembered
 from adbook.files import content_hash
-from adbook.play import one_thread
+from adbook.play import check_fits, one_thread
 from adbook.stored import load_training, save_training
 from adbook.tasks import Task, TaskFamily
 from adbook.vectors import TaskVector
@@ -173,12 +173,15 @@ def meta_train(
         All that was seen, which adaptation goes on to use, and the seconds that it took.
 
     Raises:
-        ValueError: a task that is not for training; a checkpoint that is damaged or of another training.
+        ValueError: a task that is not for training; a family of other sizes than the model's; a checkpoint that is
+            damaged or of another training.
         FloatingPointError: the actor's actions stopped being finite.
     """
+    family.check(tasks)
+    check_fits(model, family)
     foreign = sorted({task.split for task in tasks} - {"train"})
-    if foreign or not tasks:
-        raise ValueError(f"tasks of split {', '.join(foreign) or 'none'} given; meta-training is for training tasks")
+    if foreign:
+        raise ValueError(f"tasks of split {', '.join(foreign)} given; meta-training is for training tasks")
     config, n = model.config, len(tasks)
     rng, learner, last = np.random.default_rng(config.seed), Learner(model, config.seed), -(-config.steps // n)
     replay, past, since_start = Replay(n, last, config), no_past(n, config), np.zeros(n)

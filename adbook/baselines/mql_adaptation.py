@@ -50,7 +50,10 @@ class AdaptationConfig:
             check_whole(name, getattr(self, name))
         for name in ("new_updates", "old_updates"):
             check_whole(name, getattr(self, name), 0)
-        check_positive(self, ("learning_rate", "l2", "beta_max", "beta_min"))
+        check_positive(self, ("learning_rate", "beta_max"))
+        check_positive(self, ("l2", "beta_min"), or_zero=True)
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min={self.beta_min} must be at most beta_max={self.beta_max}")
 
 
 class Propensity(NamedTuple):
@@ -106,7 +109,12 @@ def adapt(model: MQL, new: Replay, old: Replay, config: AdaptationConfig, seed: 
         old: the replay of meta-training.
         config: see there.
         seed: of batches and noise.
+
+    Raises:
+        ValueError: nothing was seen of the new task, or of the old ones.
     """
+    for name, replay in {"new": new, "old": old}.items():
+        check_whole(f"the number of steps in {name}", replay.steps)
     rng, fitted = np.random.default_rng(seed), copy.deepcopy(model)
     learner, whole = Learner(fitted, seed, config.learning_rate), new.at(np.arange(new.steps), np.zeros(new.steps, int))
     of_new, of_old = (contexts(model, batch) for batch in (whole, old.sample(config.samples, rng)))
@@ -123,7 +131,10 @@ def adapt(model: MQL, new: Replay, old: Replay, config: AdaptationConfig, seed: 
 
 @torch.no_grad()
 def contexts(model: MQL, batch: Batch) -> np.ndarray:
-    """What the meta-trained actor's GRU makes of transitions with their past, (B, memory)."""
+    """What the meta-trained actor's GRU makes of transitions and what came before them, (B, memory).
+
+    The transition is among them, for its reward tells most of the task; the authors' code stops short of it.
+    """
     return model.actor.context(batch.next_past).double().numpy()
 
 
@@ -152,7 +163,8 @@ class AdaptingMQL(nn.Module):
 
     def save(self, path: str | os.PathLike, about: dict[str, Any], *, half: bool = False) -> Path:
         """Write one safetensors file, the replay included; `half` keeps all but its counts of steps in 16 bits."""
-        sizes = {"steps": self.old.steps, "tasks": self.old.rewards.shape[1]}
+        capacity, tasks = self.old.rewards.shape
+        sizes = {"capacity": capacity, "steps": self.old.steps, "tasks": tasks}
         configs = {"config": asdict(self.config), "adaptation": asdict(self.adaptation)}
         names = [name for name in self.state_dict() if name != "old.since_start"] if half else []
         return save_module(path, self, {**configs, "replay": sizes, "seed": self.seed, "about": about}, half=names)
@@ -167,7 +179,7 @@ class AdaptingMQL(nn.Module):
 
         def make(described: dict[str, Any]) -> AdaptingMQL:
             config, sizes = MQLConfig(**described["config"]), described["replay"]
-            old = Replay(sizes["tasks"], sizes["steps"], config)
+            old = Replay(sizes["tasks"], sizes.get("capacity", sizes["steps"]), config)  # first files: of full ones
             old.steps = sizes["steps"]
             agent = cls(MQL(config), old, AdaptationConfig(**described["adaptation"]), described["seed"])
             agent.about = described["about"]

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adbook.checks import check_layers, check_positive, check_whole
+from adbook.checks import check_layers, check_positive, check_seed, check_share, check_whole
 
 
 @dataclass(frozen=True)
 class MQLConfig:
-    """Shape and meta-training; the defaults are the published ones for Half-Cheetah-Vel, with fewer updates a step."""
+    """Shape and meta-training; the defaults are published for Half-Cheetah-Vel, but `steps` and `updates_per_step`."""
 
     observation_size: int
     action_size: int
@@ -40,7 +40,8 @@ class MQLConfig:
 
     def __post_init__(self):
         """Refuse settings that cannot run, ValueError."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON knows lists only
+        if isinstance(self.hidden, list):  # JSON knows lists only
+            object.__setattr__(self, "hidden", tuple(self.hidden))
         for name in (
             "observation_size",
             "action_size",
@@ -52,9 +53,11 @@ class MQLConfig:
             "steps",
         ):
             check_whole(name, getattr(self, name))
-        for name in ("random_steps", "seed"):
-            check_whole(name, getattr(self, name), 0)
-        check_positive(self, ("action_scale", "tau", "learning_rate", "policy_noise", "noise_clip", "updates_per_step"))
+        check_whole("random_steps", self.random_steps, 0)
+        check_seed(self.seed)
+        check_positive(self, ("action_scale", "tau", "learning_rate", "updates_per_step"))
+        check_positive(self, ("exploration", "policy_noise", "noise_clip"), or_zero=True)
+        check_share(self, ("discount", "tau"))
         check_layers(self.hidden, 1)
         if self.random_steps >= self.steps:
             raise ValueError(f"random_steps={self.random_steps} must be less than steps={self.steps}")
@@ -115,8 +118,9 @@ class Replay(nn.Module):
             skip: steps of each task at the beginning that are left out.
 
         Raises:
-            ValueError: a task has no such stretch.
+            ValueError: a task has no such stretch, or none is wanted.
         """
+        check_whole("episodes", episodes)
         length, kept = self.config.horizon, []
         for starts in (self.since_start[: self.steps] == 0).T:  # one row a task
             possible = starts.nonzero().flatten()

@@ -27,7 +27,7 @@ from adbook.datasets import BEST, data_path, load_histories
 from adbook.experiments import ROOT, Profile, describe, evaluate, provenance, shown, source_histories
 from adbook.files import content_hash
 from adbook.histories import LearningHistory
-from adbook.results import as_written
+from adbook.results import as_written, check_seeds
 from adbook.tasks import Task
 
 METHODS = ("macaw", "macaw-online", "mql")
@@ -79,7 +79,7 @@ def trained_macaw(settings: Profile, *, recompute: bool = False, progress: bool 
 
     Args:
         settings: the profile; its data, its seed.
-        recompute: leave the repository's aside.
+        recompute: leave the repository's aside; what `runs/` holds is used again.
         progress: show bars.
     """
     config = macaw_config(settings)
@@ -149,16 +149,17 @@ def agent(settings: Profile, method: str, split: str, *, recompute: bool = False
     """Return a method as a policy that plays the tasks of a split.
 
     Raises:
-        ValueError: unknown method, or "macaw" on tasks of which there are no histories.
+        ValueError: unknown method, a split without tasks, or "macaw" on tasks of which there are no histories.
     """
     check_known("method", method, METHODS)
+    settings.family.check(settings.tasks(split))
+    if (method, split) == ("macaw", "ood"):
+        raise ValueError("macaw adapts to recorded histories, and there are none of split 'ood'; use macaw-online")
     if method == "mql":
         return trained_mql(settings, recompute=recompute)
     macaw = trained_macaw(settings, recompute=recompute)
     if method == "macaw-online":
         return AdaptingMACAW(macaw)
-    if split == "ood":
-        raise ValueError("macaw adapts to recorded histories, and there are none of split 'ood'; use macaw-online")
     there, rng = by_task(settings, split, macaw.config.discount), np.random.default_rng(settings.seed)
     batches = []
     for task in settings.tasks(split):
@@ -185,13 +186,19 @@ def baselines(
         seeds: of meta-training.
         methods: of `METHODS`.
         known: such a result; the seeds that it holds are taken from it, if it is one of the same settings.
-        recompute: leave the repository's networks aside.
+        recompute: leave the repository's networks aside; what `runs/` holds is used again.
         n_jobs: processes that meta-train side by side, one thread each; -1: one a core.
 
     Returns:
         JSON: "each", by seed {"returns" by split and method (tasks, episodes), "minutes" of meta-training by method,
         "made", where it was made}; "settings", "configs", "methods", "seeds".
+
+    Raises:
+        ValueError: unknown methods, or seeds that are none or not different.
     """
+    check_seeds(seeds)
+    for method in methods:
+        check_known("method", method, METHODS)
     configs = {"macaw": asdict(macaw_config(settings)), "mql": [asdict(config) for config in mql_config(settings)]}
     described = as_written({"settings": describe(settings), "configs": configs, "methods": methods})
     same = known is not None and all(content_hash(known.get(key)) == content_hash(described[key]) for key in described)
