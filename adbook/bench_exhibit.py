@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 # Episodes, and runs of each goal: the arm fails at a goal now and then, and a mean over few runs hangs on how often.
-SIZES = {"reacher-goal": (20, 8), "pusher-goal": (10, 2), "half-cheetah-vel": (10, 2)}
+SIZES = {"reacher-goal": (20, 32), "pusher-goal": (10, 2), "half-cheetah-vel": (10, 2)}
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>The exhibit</title>
 <div class="adbook-exhibit" data-family="reacher-goal"></div><script type="module" src="page.js"></script></html>"""
 
