@@ -84,13 +84,6 @@ def test_published_networks_play_alike(kept):
         np.testing.assert_allclose(one, other, rtol=0.05)
 
 
-def test_there_is_nothing_to_adapt_to_out_of_distribution(kept):
-    with pytest.raises(ValueError, match="there are none of split 'ood'; use macaw-online"):
-        runs.agent(profile("smoke"), "macaw", "ood")
-    with pytest.raises(ValueError, match=r"unknown method 'macaws' .*did you mean 'macaw'"):
-        runs.agent(profile("smoke"), "macaws", "test")
-
-
 def test_what_cannot_be_played_is_refused_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr(runs, "_TRAINED", {})  # a KeyError if it is asked
     monkeypatch.setattr(runs, "trained_macaw", lambda *_, **__: pytest.fail("trained"))
